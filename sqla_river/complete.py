@@ -1,0 +1,222 @@
+"""Complete: write results, in batches, under the fence.
+
+One thread per runner, on a connection of its own, overlapping the fetch. It flushes at once when idle and grows its batches under
+load (group commit): while one is being written, the next gathers.
+"""
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy.exc import DBAPIError
+
+from sqla_river.rows import Result
+from sqla_river.states import JobState, Transition, completed
+from sqla_river.statements import COMPLETE_JOBS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
+from sqla_river.store import OwnConnection
+
+log: Final = logging.getLogger(__name__)
+
+LARGEST_BATCH: Final = 1_000
+LARGEST_BACKLOG: Final = 10_000
+"""Results not yet written, beyond which nothing more is fetched; River's number."""
+_FIRST_RETRY: Final = 0.05
+_LONGEST_RETRY: Final = 5.0
+_JUST_COMPLETED: Final = completed()
+
+
+class Again(NamedTuple):
+    """Results whose rows somebody else has locked, or that PostgreSQL refused: tried again at *at*, in a batch of their own."""
+
+    at: float
+    pause: float
+    results: list[Result]
+
+
+class Completer:
+    """The completion loop of one runner; `step` is what its thread repeats, `flush` its last.
+
+    Args:
+        own: its connection.
+        wake: lets the next step begin.
+        written: told of the results that a batch changed, and of the state each came to.
+        relieved: called when the backlog is short again.
+    """
+
+    def __init__(
+        self,
+        own: OwnConnection,
+        *,
+        wake: Callable[[], None],
+        written: Callable[[Sequence[tuple[Result, JobState]]], None],
+        relieved: Callable[[], None],
+    ) -> None:
+        self._own = own
+        self._wake = wake
+        self._written = written
+        self._relieved = relieved
+        self._results: deque[Result] = deque()
+        self._taken: list[Result] = []
+        self._again: list[Again] = []
+        self.stale = 0
+        """Results that changed nothing, because the job was no longer this runner's."""
+
+    def put(self, result: Result) -> None:
+        """Take *result*; written soon. Constant time, no lock."""
+        self._results.append(result)
+        self._wake()
+
+    @property
+    def backlog(self) -> int:
+        """Results not yet written."""
+        return len(self._results) + len(self._taken) + sum(len(again.results) for again in self._again)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is room for more."""
+        return len(self._results) + len(self._taken) < LARGEST_BACKLOG
+
+    def step(self) -> float:
+        """Write one batch, and what is to be tried again; seconds until the next look."""
+        if not self._taken:
+            self._take()
+        full = not self.ready
+        if self._taken:
+            self._write(self._taken, _FIRST_RETRY)
+            self._taken = []
+        self._retry(time.monotonic())
+        if full and self.ready:
+            self._relieved()
+        if self._results:
+            return 0.0
+        soonest = min((again.at for again in self._again), default=None)
+        return 3_600.0 if soonest is None else max(soonest - time.monotonic(), 0.0)
+
+    def flush(self, deadline: float) -> int:
+        """Write everything, until *deadline* (monotonic); how many results are left. Errors are tried again."""
+        while self.backlog and time.monotonic() < deadline:
+            try:
+                self.step()
+                self._retry(float("inf"))
+            except Exception as error:  # noqa: BLE001 - the database may be on its way back
+                log.warning("could not write %d results yet: %s", self.backlog, str(error).partition("\n")[0])
+            if self.backlog:
+                time.sleep(min(_FIRST_RETRY, max(deadline - time.monotonic(), 0)))
+        return self.backlog
+
+    def close(self) -> None:
+        """Close the connection. Called in the completer's thread."""
+        self._own.close()
+
+    def _take(self) -> None:
+        while self._results and len(self._taken) < LARGEST_BATCH:
+            self._taken.append(self._results.popleft())
+
+    def _retry(self, now: float) -> None:
+        due = [again for again in self._again if again.at <= now]
+        self._again = [again for again in self._again if again.at > now]
+        while due:
+            again = due.pop()
+            try:
+                self._write(again.results, min(again.pause * 2, _LONGEST_RETRY))
+            except BaseException:
+                self._again += [again, *due]
+                raise
+
+    def _write(self, results: list[Result], pause: float) -> None:
+        """Write *results*; those whose rows somebody has locked are put aside for *pause* seconds.
+
+        Raises:
+            Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing twice.
+        """
+        plain = [result for result in results if result.transition is _JUST_COMPLETED and not result.settled]
+        others = [result for result in results if result.transition is not _JUST_COMPLETED and not result.settled]
+        written: list[tuple[Result, JobState]] = [(result, result.transition.state) for result in results if result.settled]
+        for batch, write in ((plain, self._complete), (others, self._settle)):
+            if batch:
+                written += self._write_batch(batch, write, pause)
+        if written:
+            self._written(written)
+
+    def _write_batch(
+        self, batch: list[Result], write: Callable[[list[Result]], dict[int, JobState]], pause: float
+    ) -> list[tuple[Result, JobState]]:
+        try:
+            done = write(batch)
+        except DBAPIError as error:
+            if not _refused(error):
+                raise
+            if len(batch) > 1:  # one of them is bad: halve until it stands alone
+                middle = len(batch) // 2
+                return self._write_batch(batch[:middle], write, pause) + self._write_batch(batch[middle:], write, pause)
+            log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", batch[0].job.id, pause, str(error).partition("\n")[0])  # noqa: TRY400
+            self._again.append(Again(time.monotonic() + pause, pause, batch))
+            return []
+        missing = [result for result in batch if result.job.id not in done]
+        if missing:
+            done |= self._look_after(missing, pause)
+        return [(result, done[result.job.id]) for result in batch if result.job.id in done]
+
+    def _look_after(self, missing: list[Result], pause: float) -> dict[int, JobState]:
+        """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no longer ours."""
+        rows = self._own.execute(SELECT_HELD, {"p_ids": _ids(missing), "p_tokens": _tokens(missing)}).all()
+        states = {row.id: JobState(row.state) for row in rows}
+        held = [result for result in missing if states.get(result.job.id) == JobState.RUNNING]
+        if held:
+            self._again.append(Again(time.monotonic() + pause, pause, held))
+        stale = [result for result in missing if result.job.id not in states]
+        if stale:
+            self.stale += len(stale)
+            log.warning("%d outcomes came too late and changed nothing: jobs %s", len(stale), _ids(stale)[:20])
+        return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
+
+    def _complete(self, batch: list[Result]) -> dict[int, JobState]:
+        ids = self._own.execute(COMPLETE_JOBS, {"p_ids": _ids(batch), "p_tokens": _tokens(batch)}).scalars()
+        return dict.fromkeys(ids, JobState.COMPLETED)
+
+    def _settle(self, batch: list[Result]) -> dict[int, JobState]:
+        rows = self._own.execute(SETTLE_JOBS, settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]))
+        states = {job_id: JobState(state) for job_id, state in rows}
+        given_back = sorted({result.job.queue for result in batch if states.get(result.job.id) == JobState.AVAILABLE})
+        if given_back:
+            self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": given_back})
+        return states
+
+
+def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[str, list[Any]]:
+    """The parameters of SETTLE_JOBS for (id, token, transition)."""
+    transitions = [transition for _, _, transition in results]
+    return {
+        "p_ids": [job_id for job_id, _, _ in results],
+        "p_tokens": [token for _, token, _ in results],
+        "p_states": [transition.state.value for transition in transitions],
+        "p_backs": [transition.attempt_back for transition in transitions],
+        "p_delays": [transition.delay for transition in transitions],
+        "p_errors": [_error_json(transition) for transition in transitions],
+        "p_metadata": [json.dumps(dict(transition.metadata), allow_nan=False) if transition.metadata else None for transition in transitions],
+        "p_snoozed": [int(transition.snoozed) for transition in transitions],
+    }
+
+
+def _error_json(transition: Transition) -> str | None:
+    error = transition.error
+    return None if error is None else json.dumps({"attempt": error.attempt, "error": error.error, "trace": error.trace})
+
+
+def _ids(results: Sequence[Result]) -> list[int]:
+    return [result.job.id for result in results]
+
+
+def _tokens(results: Sequence[Result]) -> list[str]:
+    return [result.job.token for result in results]
+
+
+def _refused(error: DBAPIError) -> bool:
+    """Whether PostgreSQL refused the data (class 22, 23 or 42, or a driver that cannot adapt it), rather than being away or busy."""
+    if error.connection_invalidated:
+        return False
+    code = getattr(error.orig, "sqlstate", None)
+    return code is None or code[:2] in ("22", "23", "42")

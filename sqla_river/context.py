@@ -1,0 +1,149 @@
+"""`JobContext`: what a handler is given."""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator, MutableMapping
+from typing import Any, Final, Generic, Literal, TypeVar
+
+from sqla_river.errors import InvalidOptionError
+from sqla_river.options import check_json
+from sqla_river.rows import JobRow
+
+A_co = TypeVar("A_co", covariant=True)
+
+CancelReason = Literal["timeout", "cancel", "stop", "lease lost"]
+
+_lock: Final = threading.Lock()
+
+
+class Cancelled(threading.Event):
+    """Set when the handler should end soon; `reason` says why: timeout, cancel, stop or lease lost. None until then."""
+
+    reason: CancelReason | None = None
+
+
+class Metadata(MutableMapping[str, Any]):
+    """The job's metadata: reads what is stored, and keeps what is assigned; it is stored with the outcome, whatever that is."""
+
+    def __init__(self, stored: dict[str, Any]) -> None:
+        self._stored = stored
+        self.changes: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.changes[key] if key in self.changes else self._stored[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key.startswith("river:"):
+            raise InvalidOptionError("metadata", f"metadata keys that start with 'river:' are River's own, got {key!r}; take another")
+        check_json("metadata", {key: value})
+        self.changes[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        raise InvalidOptionError("metadata", f"metadata is merged, a key cannot be taken out; assign None to {key!r}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._stored, **self.changes})
+
+    def __len__(self) -> int:
+        return len({**self._stored, **self.changes})
+
+
+class JobContext(Generic[A_co]):
+    """One attempt at one job, as its handler sees it.
+
+    Attributes:
+        args: the typed args.
+        id, kind, queue, priority, max_attempts: of the row.
+        attempt: this attempt, counted from 1.
+        deadline: when its timeout is over (monotonic seconds); infinite without one.
+        error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
+    """
+
+    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "_row", "args", "deadline", "error")
+
+    def __init__(self, row: JobRow, args: A_co) -> None:
+        self._row = row
+        self.args = args
+        self.deadline = math.inf
+        self.error: BaseException | None = None
+        self._cancelled: Cancelled | None = None
+        self._reason: CancelReason | None = None
+        self._log: logging.LoggerAdapter[logging.Logger] | None = None
+        self._metadata: Metadata | None = None
+
+    @property
+    def id(self) -> int:
+        return self._row.id
+
+    @property
+    def kind(self) -> str:
+        return self._row.kind
+
+    @property
+    def queue(self) -> str:
+        return self._row.queue
+
+    @property
+    def attempt(self) -> int:
+        return self._row.attempt
+
+    @property
+    def max_attempts(self) -> int:
+        return self._row.max_attempts
+
+    @property
+    def priority(self) -> int:
+        return self._row.priority
+
+    @property
+    def metadata(self) -> Metadata:
+        """The job's metadata; what is assigned is stored with the outcome."""
+        if self._metadata is None:
+            stored = json.loads(self._row.metadata)
+            self._metadata = Metadata(stored if isinstance(stored, dict) else {})
+        return self._metadata
+
+    @property
+    def log(self) -> "logging.LoggerAdapter[logging.Logger]":
+        """A logger whose records carry job_id, kind, queue and attempt."""
+        if self._log is None:
+            extra = {"job_id": self.id, "kind": self.kind, "queue": self.queue, "attempt": self.attempt}
+            self._log = logging.LoggerAdapter(logging.getLogger("sqla_river.job"), extra)
+        return self._log
+
+    @property
+    def cancelled(self) -> Cancelled:
+        """Set when this attempt should end soon; a handler that runs long looks at it, or waits on it instead of sleeping."""
+        # Made when first looked at: an Event costs more than all else that a short job needs.
+        with _lock:
+            if self._cancelled is None:
+                self._cancelled = Cancelled()
+                if self._reason is not None:
+                    self._cancelled.reason = self._reason
+                    self._cancelled.set()
+            return self._cancelled
+
+    def __repr__(self) -> str:
+        return f"<job {self.id} {self.kind} attempt {self.attempt}>"
+
+
+def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
+    """Tell *job*'s handler to end soon. The first reason stands."""
+    with _lock:
+        if job._reason is None:
+            job._reason = reason
+            if job._cancelled is not None:
+                job._cancelled.reason = reason
+                job._cancelled.set()
+
+
+def cancel_reason(job: JobContext[Any]) -> CancelReason | None:
+    """Why *job* was told to end, if it was."""
+    return job._reason
+
+
+def staged_metadata(job: JobContext[Any]) -> dict[str, Any] | None:
+    """What the handler assigned to the metadata, if anything."""
+    return job._metadata.changes if job._metadata is not None and job._metadata.changes else None

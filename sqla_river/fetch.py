@@ -1,0 +1,223 @@
+"""Fetch: lock what is available and mark it running, as many as there are free slots; and move what has come due.
+
+One thread per runner, on a connection of its own. It decodes nothing.
+"""
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from sqla_river.rows import JobRow
+from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_LOST, SELECT_NEXT_DUE
+from sqla_river.store import STATEMENT_TIMEOUT_SECONDS, OwnConnection
+
+LARGEST_FETCH: Final = 1_000
+"""Rows of one fetch: 100 give 90 % of the rate of 1,000, and 5,000 give no more."""
+GATHER: Final = 0.001
+"""Seconds to wait for more slots to come free while fewer than half of them are: one row a fetch costs 28 times as much per job."""
+SCHEDULE_EVERY: Final = 0.025
+"""Seconds between two schedules, and between two looks at the next due time."""
+WASTEFUL: Final = 0.005
+"""Seconds that an unbounded look at the next due time may take before the next ones begin where it ended: a long transaction pins
+dead entries at the head of the index."""
+IDLE_POLL: Final = 4
+"""An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
+JITTER: Final = 0.1
+
+
+class Fetcher:
+    """The fetch loop of one runner; `step` is what its thread repeats.
+
+    Args:
+        own: its connection.
+        runner_id: the owner's part of the tokens.
+        slots: the size of each queue.
+        kinds: the kinds that have a worker here. A job of another kind stays available, unburnt.
+        deliver: takes the fetched rows, at once.
+        ready: whether results are written fast enough to take on more.
+        poll: seconds between two looks at an idle queue that nobody announced.
+        hears: whether LISTEN is in force; without it polling never slows down.
+    """
+
+    def __init__(
+        self,
+        own: OwnConnection,
+        runner_id: str,
+        slots: Mapping[str, int],
+        *,
+        kinds: Callable[[], list[str]],
+        deliver: Callable[[list[JobRow]], None],
+        ready: Callable[[], bool],
+        poll: float,
+        hears: Callable[[], bool],
+        wake: Callable[[], None],
+    ) -> None:
+        self._own = own
+        self._runner_id = runner_id
+        self._slots = dict(slots)
+        self._busy = dict.fromkeys(slots, 0)
+        self._kinds = kinds
+        self._deliver = deliver
+        self._ready = ready
+        self._poll = poll
+        self._hears = hears
+        self._wake = wake
+        self._freed: deque[str] = deque()
+        self._number = 0
+        self._lost: dict[str, float] = {}
+        # What the next step has to do, and when (monotonic).
+        self._hungry = True
+        self._woken = False
+        self._idle = 1
+        self._poll_at = 0.0
+        self._due_at = 0.0
+        self._due_since: str | None = None
+        self._bounded = False
+        self._blocked = 0.0
+        self._looked_at = 0.0
+        self._look = True
+        self._starved = False
+
+    # ---- called from other threads ----------------------------------------------------------------------------------------------
+
+    def heard(self, queue: str | None) -> None:
+        """A notification: a job of *queue*, of any queue where None, is there or due soon."""
+        if queue is None or queue in self._slots:
+            self._woken = True
+            self._wake()
+
+    def freed(self, queue: str) -> None:
+        """A slot of *queue* is free. Constant time, no lock."""
+        self._freed.append(queue)
+        if self._starved:
+            self._wake()
+
+    def relieved(self) -> None:
+        """Results are being written again."""
+        if self._starved:
+            self._wake()
+
+    def due_in(self, seconds: float) -> None:
+        """A job of this runner is due in *seconds*: a retry or a snooze."""
+        at = time.monotonic() + seconds
+        if at < self._due_at:
+            self._due_at = at
+            self._wake()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Schedule what is due, fetch what is available; seconds until the next look."""
+        now = time.monotonic()
+        self._starved = False
+        woken, self._woken = self._woken, False
+        if woken:
+            self._hungry = self._look = True
+        polling = now >= self._poll_at
+        if polling:
+            self._hungry = self._look = True
+        if now >= self._due_at and now - self._looked_at >= SCHEDULE_EVERY:
+            self._schedule()
+        free = self._free()
+        fetched = 0
+        if self._hungry and free and self._ready():
+            fetched = self._fetch(free)
+            # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if nothing
+            # woke it: then a second look costs less than a job that waits for the poll.
+            self._hungry = fetched > 0 or woken
+        self._recover()
+        if self._look and time.monotonic() - self._looked_at >= SCHEDULE_EVERY:
+            self._read_next_due(unbounded=polling)
+        if polling or fetched:
+            self._plan_poll(idle=not fetched)
+        return self._pause(bool(free))
+
+    def _free(self) -> dict[str, int]:
+        self._count_freed()
+        free = {queue: size - self._busy[queue] for queue, size in self._slots.items() if size > self._busy[queue]}
+        if self._hungry and 0 < 2 * sum(free.values()) < sum(self._slots.values()):
+            time.sleep(GATHER)
+            self._count_freed()
+            free = {queue: size - self._busy[queue] for queue, size in self._slots.items() if size > self._busy[queue]}
+        return free
+
+    def _count_freed(self) -> None:
+        while self._freed:
+            self._busy[self._freed.popleft()] -= 1
+
+    def _fetch(self, free: Mapping[str, int]) -> int:
+        self._number += 1
+        token = f"{self._runner_id}/{self._number}"
+        share = max(1, LARGEST_FETCH // len(free))
+        asked = {"p_queues": list(free), "p_slots": [min(slots, share) for slots in free.values()], "p_kinds": self._kinds(), "p_token": token}
+        self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
+        fetched = self._own.execute(FETCH_AVAILABLE, asked).all()
+        del self._lost[token]
+        if fetched:
+            self._take([JobRow(*row, token) for row in fetched])
+        return len(fetched)
+
+    def _take(self, rows: list[JobRow]) -> None:
+        # RETURNING comes in the order of the table.
+        rows.sort(key=lambda row: (row.priority, row.id))
+        for row in rows:
+            self._busy[row.queue] += 1
+        self._deliver(rows)
+
+    def _recover(self) -> None:
+        """Take what a fetch locked whose reply was lost: it is running under our token, and nobody else will free it while we live."""
+        if not self._lost:
+            return
+        found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
+        now = time.monotonic()
+        for row in found:
+            self._take([JobRow(*row)])
+        for token in {row[-1] for row in found} | {token for token, until in self._lost.items() if now > until}:
+            del self._lost[token]
+
+    def _schedule(self) -> None:
+        moved = self._own.execute(SCHEDULE_DUE, {"p_schema": self._own.schema}).all()
+        self._hungry = self._hungry or bool(moved)
+        self._read_next_due(unbounded=False)
+        if not moved and self._due_at <= self._looked_at:
+            # What is due is locked by somebody: look again, but ever more slowly, or the timer would spin.
+            self._blocked = min(max(2 * self._blocked, SCHEDULE_EVERY), self._poll)
+            self._due_at = self._looked_at + self._blocked
+        else:
+            self._blocked = 0.0
+
+    def _read_next_due(self, *, unbounded: bool) -> None:
+        since = None if unbounded or not self._bounded else self._due_since
+        began = time.monotonic()
+        row = self._own.execute(SELECT_NEXT_DUE, {"p_since": since}).one_or_none()
+        self._looked_at = now = time.monotonic()
+        self._look = False
+        if since is None:
+            self._bounded = now - began > WASTEFUL
+        if row is None:
+            self._due_at = float("inf")
+        else:
+            seconds, self._due_since = row
+            self._due_at = now + max(seconds, 0.0)
+
+    def _plan_poll(self, *, idle: bool) -> None:
+        self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
+        pause = self._poll * (self._idle if idle else 1)
+        self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+
+    def _pause(self, free: bool) -> float:
+        now = time.monotonic()
+        if self._hungry:
+            if free and self._ready():
+                return 0.0
+            self._starved = True
+            if self._freed:
+                return 0.0
+        wait = [self._poll_at - now, max(self._due_at, self._looked_at + SCHEDULE_EVERY) - now]
+        if self._look:
+            wait.append(self._looked_at + SCHEDULE_EVERY - now)
+        if self._lost:
+            wait.append(1.0)
+        return max(0.0, min(wait))

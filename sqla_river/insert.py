@@ -1,0 +1,142 @@
+"""Enqueue: jobs join the caller's unit of work. Nothing here commits, and nothing opens a savepoint."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import attrs
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session, make_transient_to_detached, scoped_session
+from sqlalchemy.orm.attributes import set_committed_value
+
+from sqla_river import bulk, notify, store
+from sqla_river.args import JobArgs
+from sqla_river.config import Settings
+from sqla_river.errors import AsyncSessionError, EncodeError, InvalidOptionError
+from sqla_river.models import JobMixin
+from sqla_river.options import NOTHING_SAID, InsertOptions
+from sqla_river.rows import InsertRow, place
+from sqla_river.statements import INSERT_JOB
+
+J = TypeVar("J", bound=JobMixin)
+Items = Iterable[JobArgs | tuple[JobArgs, InsertOptions]]
+AnySession = Session | scoped_session[Any] | Connection
+
+BLOCK_ROWS = 10_000
+BLOCK_BYTES = 8 * 1024 * 1024
+
+
+@attrs.frozen
+class Inserted:
+    """What `enqueue_many` did: rows put in, rows left out as duplicates, and the ids in input order if they were asked for."""
+
+    count: int
+    skipped: int = 0
+    ids: list[int | None] | None = None
+
+
+def sync_session(session: Any) -> Session | Connection:
+    """The Session or Connection behind *session*.
+
+    Raises:
+        AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must not look like a stored job.
+        TypeError: for anything else.
+    """
+    if isinstance(session, Session | Connection):
+        return session
+    if type(session).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(session, "sync_session"):
+        raise AsyncSessionError(
+            f"this verb is for a plain Session, got {type(session).__name__}; write 'from sqla_river.asyncio import enqueue' and await it"
+        )
+    registry = getattr(session, "registry", None)
+    if callable(registry):
+        return sync_session(registry())
+    raise TypeError(f"expected a Session, scoped_session or Connection, got {type(session).__name__}")
+
+
+def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connection:
+    """The connection that jobs of *job_class* go to, in the caller's transaction; pending rows of a Session are flushed first."""
+    if isinstance(session, Connection):
+        connection = session
+    else:
+        session.flush()
+        connection = session.connection(bind_arguments={"mapper": job_class})
+    store.check_postgresql(connection.dialect.name, connection.dialect.driver)
+    return connection
+
+
+def mark_changed(session: Session | Connection) -> None:
+    """Tell zope.sqlalchemy, if it watches *session*, that there is something to commit: Core work alone it would roll back, silently."""
+    zope = sys.modules.get("zope.sqlalchemy")
+    if zope is not None and isinstance(session, Session):
+        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
+        if session in joined:
+            zope.mark_changed(session)
+
+
+def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]) -> J:
+    """See `River.enqueue`."""
+    session = sync_session(session)
+    row = job_class.__river__.row(args, said)
+    job = job_class(args, _row=row)
+    if isinstance(session, Connection):
+        _insert_now(session, job, row)
+    else:
+        bind = session.get_bind(mapper=job_class)
+        store.check_postgresql(bind.dialect.name, bind.dialect.driver)
+        session.add(job)
+    return job
+
+
+def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
+    """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
+    store.check_postgresql(connection.dialect.name, connection.dialect.driver)
+    schema = store.real_schema(connection, job.__table__.schema)  # type: ignore[attr-defined]
+    state, at, told = place(row.when, row.pending, partial(store.transaction_now, connection))
+    values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in job.__table__.c}
+    values |= {"state": state} if at is None else {"state": state, "scheduled_at": at}
+    stored = store.execute(connection, schema, INSERT_JOB, values).one()
+    for column, value in zip(INSERT_JOB.exported_columns, stored, strict=True):
+        set_committed_value(job, column.key, value)
+    make_transient_to_detached(job)
+    if told:
+        notify.announce(connection, schema, (row.queue,), job.__river__.notify)
+
+
+def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, returning: bool) -> Inserted:
+    """See `River.enqueue_many`."""
+    session = sync_session(session)
+    settings = job_class.__river__
+    count = 0
+    ids: list[int | None] = []
+    for block in _blocks(items, settings):
+        connection = connect(session, job_class)
+        schema = store.real_schema(connection, job_class.__table__.schema)  # type: ignore[attr-defined]
+        block_ids, queues = bulk.insert_rows(connection, schema, block, returning=returning)
+        notify.announce(connection, schema, queues, settings.notify)
+        mark_changed(session)
+        ids.extend(block_ids)
+        count += len(block)
+    return Inserted(count, 0, ids if returning else None)
+
+
+def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
+    """Encoded blocks of bounded size. A block is whole before any of it is sent, so the iterable may use the same session."""
+    block: list[InsertRow] = []
+    size = 0
+    for position, item in enumerate(items):
+        args, said = item if isinstance(item, tuple) else (item, NOTHING_SAID)
+        try:
+            row = settings.row(args, said)
+        except EncodeError as error:
+            raise EncodeError(f"$[{position}]{error.path[1:]}", str(error).removeprefix(f"{error.path}: ")) from error
+        except InvalidOptionError as error:
+            raise InvalidOptionError(error.option, f"item {position}: {error}") from error
+        block.append(row)
+        size += len(row.args)
+        if len(block) >= BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block

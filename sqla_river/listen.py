@@ -1,0 +1,85 @@
+"""Wake-up, the receiving side: one connection per runner that LISTENs. A notification is a hint; state is always read again."""
+
+import logging
+import select as sockets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from psycopg import sql
+from sqlalchemy import Engine, func, select
+
+from sqla_river.loop import Backoff
+from sqla_river.store import OwnConnection
+
+log: Final = logging.getLogger(__name__)
+
+PING: Final = 5.0
+"""Seconds without a word after which the connection is asked whether it still lives; River's number."""
+
+
+class Listener:
+    """A thread that hands every notification on River's channels of one schema to *heard*, and reconnects by itself.
+
+    *heard* is called with topic and payload; with topic None after each (re)connect, for whatever was said in between. It must not block.
+    """
+
+    def __init__(self, engine: Engine, declared_schema: str | None, name: str, topics: tuple[str, ...], heard: Callable[[str | None, str], None]) -> None:
+        self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
+        self._topics = topics
+        self._heard = heard
+        self._stopping = threading.Event()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.ready = threading.Event()
+        """Set while LISTEN is in force."""
+        self.moved = time.monotonic()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end, without waiting for it."""
+        self._stopping.set()
+        self._wake_write.send(b"x")
+
+    def join(self, timeout: float) -> None:
+        """Wait at most *timeout* seconds for the thread's end, then close what it used."""
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self._wake_read.close()
+            self._wake_write.close()
+
+    def _run(self) -> None:
+        backoff = Backoff(log, "listen")
+        while not self._stopping.is_set():
+            try:
+                self._listen(backoff)
+            except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
+                self.ready.clear()
+                self._own.close()
+                self._stopping.wait(backoff.failed(error))
+        self._own.close()
+
+    def _listen(self, backoff: Backoff) -> None:
+        connection = self._own.get()
+        schema = self._own.schema or connection.execute(select(func.current_schema())).scalar_one()
+        raw: Any = connection.connection.dbapi_connection
+        assert raw is not None
+        channels = {f"{schema}.{topic}": topic for topic in self._topics}
+        for channel in channels:
+            raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        self.ready.set()
+        backoff.worked()
+        self._heard(None, "")
+        while not self._stopping.is_set():
+            readable, _, _ = sockets.select([raw.fileno(), self._wake_read], [], [], PING)
+            self.moved = time.monotonic()
+            if not readable:
+                raw.execute("SELECT 1")
+            for notification in raw.notifies(timeout=0):
+                topic = channels.get(notification.channel)
+                if topic is not None:
+                    self._heard(topic, notification.payload)

@@ -1,0 +1,103 @@
+"""The shape of a runner's threads: one step again and again, which outlives errors of the database."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+log: Final = logging.getLogger(__name__)
+
+
+class Backoff:
+    """How long to wait after an error: 50 ms doubling to 5 s, jittered. Says the first of a row, and then one line a second at most."""
+
+    _FIRST = 0.05
+    _LONGEST = 5.0
+
+    def __init__(self, logger: logging.Logger, name: str) -> None:
+        self._log = logger
+        self._name = name
+        self._failures = 0
+        self._said_at = 0.0
+
+    def failed(self, error: BaseException) -> float:
+        """Note *error*; seconds to wait before the next try."""
+        self._failures += 1
+        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        now = time.monotonic()
+        if now - self._said_at >= 1.0:
+            self._said_at = now
+            text = str(error).partition("\n")[0][:300]
+            self._log.warning("%s failed (%d in a row): %s: %s; tries again in %.2f s", self._name, self._failures, type(error).__name__, text, pause)
+        return pause
+
+    def worked(self) -> None:
+        """Note a success."""
+        if self._failures:
+            self._log.info("%s works again after %d failures", self._name, self._failures)
+        self._failures = 0
+
+
+class Loop:
+    """A thread that repeats *step* until it is stopped.
+
+    *step* returns how many seconds to wait before the next, less if `wake` is called. An exception of any kind is logged and the
+    step tried again after a back-off, which `wake` does not shorten. *last* runs in the thread when the loop ends.
+    """
+
+    def __init__(self, name: str, step: Callable[[], float], last: Callable[[], None] | None = None) -> None:
+        self._step = step
+        self._last = last
+        self._woken = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._backoff = Backoff(log, name)
+        self.moved = time.monotonic()
+        """When a step last came to its end (monotonic): the health of the loop."""
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Let the next step begin now. Costs next to nothing when it is on its way already."""
+        if not self._woken.is_set():
+            self._woken.set()
+
+    def stop(self) -> None:
+        """Ask the thread to end after its step, without waiting for it."""
+        self._stopping.set()
+        self._woken.set()
+
+    def join(self, timeout: float) -> bool:
+        """Wait at most *timeout* seconds for the thread's end; whether it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(max(timeout, 0))
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                pause = self._step()
+            except Exception as error:  # noqa: BLE001 - one bad step must not end the loop
+                self._stopping.wait(self._backoff.failed(error))
+                continue
+            self._backoff.worked()
+            self.moved = time.monotonic()
+            if pause > 0:
+                self._woken.wait(pause)
+            self._woken.clear()
+        if self._last is not None:
+            try:
+                self._last()
+            except Exception:  # noqa: BLE001
+                log.warning("the end of %s failed", self._thread.name, exc_info=True)

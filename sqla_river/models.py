@@ -1,0 +1,154 @@
+"""`Job`, the mapping of ``river_job``, and `JobMixin`, the same mapping for a Base, MetaData or ``db.Model`` of one's own."""
+
+import json
+from datetime import datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+
+from sqlalchemy import Column, Connection, FromClause, MetaData, event
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedColumn, Mapper, declared_attr
+
+from sqla_river import notify, store
+from sqla_river.args import JobArgs
+from sqla_river.config import Settings
+from sqla_river.errors import MappingError
+from sqla_river.options import OptionWords, check_schema, check_when, said_in
+from sqla_river.rows import InsertRow, place
+from sqla_river.states import JobState
+from sqla_river.tables import RIVER, job_table, river_job
+
+
+def _check_order(cls: type) -> None:
+    owner = next(base for base in cls.__mro__[1:] if "__init__" in vars(base))
+    if any(issubclass(base, MappedAsDataclass) for base in cls.__mro__):
+        raise MappingError(
+            f"{cls.__name__} cannot be a dataclass: a job is made from its args; write "
+            f"class {cls.__name__}(JobMixin, RiverBase): metadata = Base.metadata"
+        )
+    if not issubclass(owner, JobMixin):
+        raise MappingError(f"{owner.__name__} hides the constructor of a job; write class {cls.__name__}(JobMixin, ...)")
+
+
+class JobMixin:
+    """The columns and the constructor of a job, for a declarative base of one's own.
+
+    Example:
+        ``class Job(JobMixin, Base): ...``, or, to keep columns of the Base out,
+        ``class Job(JobMixin, RiverBase): metadata = Base.metadata``.
+
+    ``id`` is None until the flush. ``metadata_`` is the column ``metadata``. JSON values are not tracked: assign anew.
+    """
+
+    __river_schema__: ClassVar[str | None] = None
+    __river__: ClassVar[Settings] = Settings()
+
+    if TYPE_CHECKING:
+        metadata: ClassVar[MetaData]
+        __table__: ClassVar[FromClause]
+        id: Mapped[int]
+        state: Mapped[JobState]
+        attempt: Mapped[int]
+        max_attempts: Mapped[int]
+        attempted_at: Mapped[datetime | None]
+        created_at: Mapped[datetime]
+        finalized_at: Mapped[datetime | None]
+        scheduled_at: Mapped[datetime]
+        priority: Mapped[int]
+        args: Mapped[dict[str, Any]]
+        attempted_by: Mapped[list[str] | None]
+        errors: Mapped[list[dict[str, Any]] | None]
+        kind: Mapped[str]
+        metadata_: Mapped[dict[str, Any]]
+        queue: Mapped[str]
+        tags: Mapped[list[str]]
+        unique_key: Mapped[bytes | None]
+        unique_states: Mapped[frozenset[JobState] | None]
+    else:
+
+        @declared_attr.directive
+        def __table__(cls):
+            _check_order(cls)
+            check_schema(cls.__river_schema__ or cls.metadata.schema)
+            table = job_table(cls.metadata, cls.__river_schema__)
+            theirs = sorted(
+                name
+                for base in cls.__mro__
+                for name, value in vars(base).items()
+                if isinstance(value, Column | MappedColumn) and name not in table.c
+            )
+            if theirs:
+                raise MappingError(
+                    f"{cls.__name__} gets columns that river_job has not ({', '.join(theirs)}); write "
+                    f"class {cls.__name__}(JobMixin, RiverBase): metadata = Base.metadata"
+                )
+            return table
+
+        @declared_attr.directive
+        def __tablename__(cls):
+            return "river_job"  # Flask-SQLAlchemy would say "job"
+
+    _delay: timedelta | None = None
+    _told: bool = True
+
+    def __init__(self, args: JobArgs, *, _row: InsertRow | None = None, **options: Unpack[OptionWords]) -> None:
+        """A job that is not in the database yet; `InsertOptions` says what the options mean.
+
+        Raises:
+            EncodeError: args that their own types, JSON or PostgreSQL refuse.
+            InvalidOptionError: an option outside its rule.
+        """
+        row = _row or self.__river__.row(args, said_in(options))
+        # All plain columns, always: 1,000 jobs flush as one INSERT; with columns set here and there, as 1,000.
+        self.kind = row.kind
+        self.args = json.loads(row.args)
+        self.queue = row.queue
+        self.priority = row.priority
+        self.max_attempts = row.max_attempts
+        self.tags = list(row.tags)
+        self.metadata_ = dict(row.metadata)
+        if row.pending:
+            self.state = JobState.PENDING
+        if isinstance(row.when, timedelta):
+            self._delay = row.when
+        elif row.when is not None:
+            self.scheduled_at = row.when
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        _check_order(cls)
+        super().__init_subclass__(**options)
+
+
+for _name in river_job.c.keys():  # noqa: SIM118 - keys, not columns
+    setattr(JobMixin, _name, None)  # hides what a user's Base has by that name; else "can't add additional column"
+
+
+class RiverBase(DeclarativeBase):
+    """The Base of the shipped `Job`; and of one's own, to have it in one's own MetaData without one's Base's columns."""
+
+    metadata = RIVER
+
+
+class Job(JobMixin, RiverBase):
+    """A job, mapped to ``river_job`` in the schema that the search_path (or a ``schema_translate_map``) gives."""
+
+
+@event.listens_for(JobMixin, "before_insert", propagate=True)
+def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
+    """Decide where the job starts by the database's clock, and store its time as a plain value: an expression would cost an INSERT per row."""
+    store.check_postgresql(connection.dialect.name, connection.dialect.driver)
+    given, state = vars(job).get("scheduled_at"), vars(job).get("state")
+    if given is not None:
+        check_when("scheduled_at", given)
+    place_ = place(job._delay or given, state == JobState.PENDING, partial(store.transaction_now, connection))
+    if place_.at is not None:
+        job.scheduled_at = place_.at
+        if state is None:
+            job.state = place_.state
+    job._told = place_.told
+
+
+@event.listens_for(JobMixin, "after_insert", propagate=True)
+def _announce(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
+    if job._told:
+        schema = store.real_schema(connection, job.__table__.schema)  # type: ignore[attr-defined]
+        notify.announce(connection, schema, (job.queue,), job.__river__.notify)

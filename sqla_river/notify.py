@@ -1,0 +1,150 @@
+"""Wake-up, the sending side: a queue's name on River's channel, never data.
+
+Three modes. ``transaction``: one NOTIFY per transaction (or savepoint) and queue, inside it. ``after_commit``: the Engine's commit
+event marks the queue, and one side connection per process announces it once the transaction is over; commits that NOTIFY take
+turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16 clients made 390 commits/s with NOTIFY
+inside and 4,550 with it outside. ``off``: runners poll.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, Final
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Connection, Engine, NestedTransaction, NullPool, Transaction, TwoPhaseTransaction, create_engine, event
+
+from sqla_river import store
+from sqla_river.config import NotifyMode
+from sqla_river.statements import NOTIFY_QUEUES
+
+log: Final = logging.getLogger(__name__)
+
+COALESCE: Final = 0.010
+"""Seconds between two announcements; whatever came in between goes with the next, so the last job of a burst is always announced."""
+_FIRST_LOOK: Final = 0.0002
+"""The commit event fires just before COMMIT, and a plain COMMIT ends in well under a millisecond."""
+_IDLE: Final = 60.0
+"""Seconds after which an announcer with nothing to say closes its connection and goes."""
+
+Announcement = tuple[str | None, str]
+"""Schema and queue."""
+
+_told: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
+_marked: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
+_heard: WeakSet[Engine] = WeakSet()
+_announcers: dict[Any, "Announcer"] = {}
+_lock: Final = threading.Lock()
+
+
+def announce(connection: Connection, schema: str | None, queues: Iterable[str], mode: NotifyMode) -> None:
+    """See that runners hear of *queues* when the transaction of *connection* commits, and only then.
+
+    One round trip in mode ``transaction``, for queues that this transaction (or savepoint) has not named yet; none otherwise.
+    Two-phase transactions are left to the poll: PostgreSQL refuses to PREPARE what has executed NOTIFY.
+    """
+    root = connection.get_transaction()
+    if mode == "off" or root is None:
+        return
+    if mode == "after_commit":
+        _mark(connection, root, {(schema, queue) for queue in queues})
+    elif not isinstance(root, TwoPhaseTransaction):
+        inner: NestedTransaction | Transaction = connection.get_nested_transaction() or root
+        told = _told.setdefault(inner, set())
+        fresh = sorted({queue for queue in queues if (schema, queue) not in told})
+        if fresh:
+            store.execute(connection, schema, NOTIFY_QUEUES, {"p_schema": schema, "p_queues": fresh})
+            told.update((schema, queue) for queue in fresh)
+
+
+def _mark(connection: Connection, root: Transaction, announcements: set[Announcement]) -> None:
+    """Remember *announcements* until the commit of *root*; heard on the Engine, because the Session's events fire without a commit too."""
+    with _lock:
+        _marked.setdefault(root, set()).update(announcements)
+        engine = connection.engine
+        if engine not in _heard:
+            _heard.add(engine)
+            event.listen(engine, "commit", _committing)
+            event.listen(engine, "commit_twophase", _committing)
+
+
+def _committing(connection: Connection, *_twophase: object) -> None:
+    root = connection.get_transaction()
+    announcements = _marked.pop(root, None) if root is not None else None
+    if announcements and root is not None:
+        engine = connection.engine
+        key = (os.getpid(), engine.pool)
+        with _lock:
+            announcer = _announcers.get(key)
+            if announcer is None:
+                announcer = _announcers[key] = Announcer(engine, lambda: _announcers.pop(key, None))
+            announcer.add(root, announcements)
+
+
+class Announcer:
+    """One thread and one connection that announce, for all transactions of an engine's pool, what they have committed.
+
+    A crash between commit and announcement costs one poll.
+    """
+
+    def __init__(self, engine: Engine, forget: Any) -> None:
+        self._engine = _sync_engine(engine)
+        self._forget = forget
+        self._waiting: deque[tuple[Transaction, set[Announcement]]] = deque()
+        self._woken = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, root: Transaction, announcements: set[Announcement]) -> None:
+        """Announce once *root*, which is about to commit, is over. Called under the module's lock."""
+        self._waiting.append((root, announcements))
+        self._woken.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="sqla_river-announce", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        connection = store.OwnConnection(self._engine, None, "sqla_river:announce", {"synchronous_commit": "off"})
+        committing: list[tuple[Transaction, set[Announcement]]] = []
+        pause = _FIRST_LOOK
+        while committing or self._woken.wait(_IDLE) or not self._retire():
+            self._woken.clear()
+            while self._waiting:
+                committing.append(self._waiting.popleft())
+            over = [announcements for root, announcements in committing if not root.is_active]
+            committing = [entry for entry in committing if entry[0].is_active]
+            if over:
+                _notify(connection, set().union(*over))
+                pause = _FIRST_LOOK
+                time.sleep(COALESCE)
+            else:
+                time.sleep(pause)
+                pause = min(pause * 2, COALESCE)
+        connection.close()
+
+    def _retire(self) -> bool:
+        with _lock:
+            if self._waiting:
+                return False
+            self._forget()
+            return True
+
+
+def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -> None:
+    by_schema: dict[str | None, list[str]] = {}
+    for schema, queue in announcements:
+        by_schema.setdefault(schema, []).append(queue)
+    for schema, queues in by_schema.items():
+        try:
+            connection.execute(NOTIFY_QUEUES, {"p_schema": schema, "p_queues": sorted(queues)})
+        except Exception:  # noqa: BLE001 - whatever it is, runners poll
+            log.warning("could not announce queues %s; runners find the jobs at their next poll", sorted(queues), exc_info=True)
+
+
+def _sync_engine(engine: Engine) -> Engine:
+    """*engine*, or, where it drives an async driver, one of its own on psycopg: a thread has no greenlet to await in."""
+    if not engine.dialect.is_async:
+        return engine
+    return create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)

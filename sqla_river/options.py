@@ -1,0 +1,224 @@
+"""How a job is put in: options, their rules, and which of them wins."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypedDict
+
+import attrs
+
+from sqla_river.errors import InvalidOptionError
+from sqla_river.outcomes import LONGEST_DELAY
+
+DEFAULT_QUEUE: Final = "default"
+
+# River's patterns; its queue pattern is written there so that Python's backtracking would take exponential time, and means this.
+_KIND: Final = re.compile(r"[\w][\w\-\[\]<>/.·:+]{0,126}", re.ASCII)
+_QUEUE: Final = re.compile(r"[a-z0-9]+(?:[_|\-][a-z0-9]+)*")
+_TAG: Final = re.compile(r"[\w\-]{1,255}", re.ASCII)
+_SCHEMA: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+MAX_QUEUE: Final = 64
+MAX_SCHEMA: Final = 46  # bytes: '<schema>.river_leadership' is a NOTIFY channel, and a longer one aborts the user's transaction
+MAX_ATTEMPTS: Final = 32767
+EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""The times that every session time zone can show; PostgreSQL knows later ones, Python does not."""
+
+
+def shown(value: object) -> str:
+    """*value* for an error message: escaped, and no longer than 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
+
+
+def check_kind(kind: object) -> str:
+    """*kind*, if it is one: 1 to 127 of ``\\w[\\w\\-\\[\\]<>/.·:+]*``."""
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        raise InvalidOptionError(
+            "kind", f"kind must be 1 to 127 letters, digits, '_' or any of -[]<>/.·:+ and start with a letter, digit or '_', got {shown(kind)}"
+        )
+    return kind
+
+
+def check_queue(queue: object) -> str:
+    """*queue*, if it is a name that River takes: lower case letters and digits, parted by single ``_``, ``-`` or ``|``, at most 64."""
+    if not isinstance(queue, str) or len(queue) > MAX_QUEUE or not _QUEUE.fullmatch(queue):
+        raise InvalidOptionError(
+            "queue", f"queue must be 1 to {MAX_QUEUE} lower case letters and digits, parted by single '_', '-' or '|', got {shown(queue)}"
+        )
+    return queue
+
+
+def check_schema(schema: str | None) -> str | None:
+    """*schema*, if River's channels can carry it: an identifier of at most 46 bytes."""
+    if schema is not None and (len(schema) > MAX_SCHEMA or not _SCHEMA.fullmatch(schema)):
+        raise InvalidOptionError(
+            "schema", f"schema must be a plain identifier of at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {shown(schema)}"
+        )
+    return schema
+
+
+def check_when(option: str, value: object) -> datetime | timedelta:
+    """An aware datetime (turned to UTC) or a timedelta; anything else has no meaning on the database's clock."""
+    if isinstance(value, timedelta):
+        if abs(value) > LONGEST_DELAY:
+            raise InvalidOptionError(option, f"{option} must be within {LONGEST_DELAY.days} days of now, got {value}")
+        return value
+    if not isinstance(value, datetime):
+        raise InvalidOptionError(option, f"{option} must be an aware datetime or a timedelta, got {shown(value)}")
+    if value.tzinfo is None or value.utcoffset() is None:
+        raise InvalidOptionError(
+            option, f"{option} must be aware, got the naive {value.isoformat()}; write datetime.now(UTC) or give a timedelta from now"
+        )
+    try:
+        value = value.astimezone(UTC)
+    except OverflowError:
+        value = LATEST + timedelta(days=1)
+    if not EARLIEST <= value <= LATEST:
+        raise InvalidOptionError(option, f"{option} must lie between {EARLIEST:%Y-%m-%d} and {LATEST:%Y-%m-%d}, got {shown(value)}")
+    return value
+
+
+def _optional(check: Any) -> Any:
+    return lambda value: None if value is None else check(value)
+
+
+def _whole(option: str, low: int, high: int, meaning: str) -> Any:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidOptionError(option, f"{option} must be {low}..{high}{meaning}, got {shown(value)}")
+        return value
+
+    return _optional(check)
+
+
+def _flag(option: str) -> Any:
+    def check(value: object) -> bool:
+        if not isinstance(value, bool):
+            raise InvalidOptionError(option, f"{option} must be True or False, got {shown(value)}")
+        return value
+
+    return _optional(check)
+
+
+def _tags(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise InvalidOptionError("tags", f"tags must be a sequence of strings, got {shown(value)}")
+    tags = tuple(value)
+    for tag in tags:
+        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+            raise InvalidOptionError("tags", f"a tag must be 1 to 255 letters, digits, '_' or '-', got {shown(tag)}")
+    return tags
+
+
+def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> None:
+    """Raise unless *value* is JSON that jsonb takes: no NaN, infinity, U+0000, lone surrogate or key that is not a string."""
+    if depth > 100:  # noqa: PLR2004
+        raise InvalidOptionError(option, f"{option} is nested deeper than 100 at {path[:60]}")
+    if isinstance(value, str):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise InvalidOptionError(option, f"{option} holds U+0000 or a lone surrogate at {path[:60]}; PostgreSQL cannot store it")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidOptionError(option, f"{option} holds {value} at {path[:60]}; JSON has no such number")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InvalidOptionError(option, f"{option} has a key that is not a string at {path[:60]}: {shown(key)}")
+            check_json(option, key, path, depth + 1)
+            check_json(option, item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_json(option, item, f"{path}[{index}]", depth + 1)
+    elif value is not None and not isinstance(value, int):
+        raise InvalidOptionError(option, f"{option} holds a {type(value).__name__} at {path[:60]}; JSON knows only plain values")
+
+
+def _metadata(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidOptionError("metadata", f"metadata must be a mapping, got {shown(value)}")
+    check_json("metadata", value)
+    return dict(value)
+
+
+class OptionWords(TypedDict, total=False):
+    """The options as keywords of a call; `InsertOptions` says what they mean."""
+
+    queue: str | None
+    priority: int | None
+    max_attempts: int | None
+    tags: Sequence[str] | None
+    metadata: Mapping[str, Any] | None
+    scheduled_at: datetime | timedelta | None
+    pending: bool | None
+
+
+@attrs.frozen(kw_only=True)
+class InsertOptions:
+    """Options of one enqueue, or the defaults of an args class (``options: ClassVar[InsertOptions]``).
+
+    None means "not said here": the call beats the class, the class beats `River`'s defaults, and last come River's own
+    (queue ``default``, priority 1, 25 attempts). Tags and metadata replace; they are not merged.
+
+    Args:
+        queue: the lane; see `check_queue` for the names that River takes.
+        priority: 1 (first) to 4.
+        max_attempts: 1 to 32767; the last failure discards.
+        tags: up to any number of short words to find the job by.
+        metadata: a JSON object kept beside the args, which handlers and operators may read and change.
+        scheduled_at: not before this time; an aware datetime, or a timedelta from the database's now().
+            A time that has come already inserts as available.
+        pending: put it in as ``pending``: it waits until somebody moves it.
+
+    Raises:
+        InvalidOptionError: at construction, naming the option, its value and its rule.
+    """
+
+    queue: str | None = attrs.field(default=None, converter=_optional(check_queue))
+    priority: int | None = attrs.field(default=None, converter=_whole("priority", 1, 4, " (1 runs first)"))
+    max_attempts: int | None = attrs.field(default=None, converter=_whole("max_attempts", 1, MAX_ATTEMPTS, ""))
+    tags: Sequence[str] | None = attrs.field(default=None, converter=_optional(_tags))
+    metadata: Mapping[str, Any] | None = attrs.field(default=None, converter=_optional(_metadata))
+    scheduled_at: datetime | timedelta | None = attrs.field(
+        default=None, converter=_optional(lambda value: check_when("scheduled_at", value))
+    )
+    pending: bool | None = attrs.field(default=None, converter=_flag("pending"))
+
+    def over(self, other: "InsertOptions") -> "InsertOptions":
+        """These options, and *other* wherever these say nothing."""
+        if other is NOTHING_SAID:
+            return self
+        if self is NOTHING_SAID:
+            return other
+        said = {field.name: value for field in _FIELDS if (value := getattr(self, field.name)) is not None}
+        return attrs.evolve(other, **said)
+
+
+_FIELDS: Final = attrs.fields(InsertOptions)
+NOTHING_SAID: Final = InsertOptions()
+
+
+def said_in(words: OptionWords) -> InsertOptions:
+    """The options of one call."""
+    return InsertOptions(**words) if words else NOTHING_SAID
+
+
+RIVER_DEFAULTS: Final = InsertOptions(queue=DEFAULT_QUEUE, priority=1, max_attempts=25, tags=(), metadata={}, pending=False)
+
+
+@attrs.frozen
+class Retention:
+    """How long finished jobs stay before the prune duty deletes them. None keeps them for ever.
+
+    Args:
+        completed, cancelled: 24 hours.
+        discarded: 7 days.
+        queues: another Retention for the queues named here.
+    """
+
+    completed: timedelta | None = timedelta(hours=24)
+    cancelled: timedelta | None = timedelta(hours=24)
+    discarded: timedelta | None = timedelta(days=7)
+    queues: Mapping[str, "Retention"] = attrs.field(factory=dict[str, "Retention"])

@@ -1,0 +1,69 @@
+"""Retry policies: attempt to delay."""
+
+import math
+import random
+from datetime import timedelta
+from typing import Final, Protocol
+
+import attrs
+
+from sqla_river.errors import InvalidOptionError
+
+LONGEST_RETRY: Final = timedelta(days=30)
+
+
+class RetryPolicy(Protocol):
+    """How long to wait after failed attempt number *attempt* (the first is 1) until the next."""
+
+    def delay(self, attempt: int, /) -> timedelta: ...
+
+
+def _positive(_: object, field: "attrs.Attribute[timedelta]", value: timedelta) -> None:
+    if value < timedelta(0):
+        raise InvalidOptionError(field.name, f"{field.name} must not be negative, got {value}")
+
+
+def _bounded(base: float, exponent: float, factor: float, longest: timedelta, jitter: float) -> timedelta:
+    """``base * factor ** exponent`` seconds, spread by +-*jitter*, at most *longest*; compared by logarithms, so nothing overflows."""
+    cap = longest.total_seconds()
+    if base <= 0:
+        return timedelta(0)
+    size = math.log(base) + exponent * math.log(factor) if factor > 0 else -math.inf
+    seconds = cap if size >= math.log(max(cap, 1e-6)) else math.exp(size)
+    return min(longest, timedelta(seconds=seconds * (1 + random.uniform(-jitter, jitter))))  # noqa: S311 - not a secret
+
+
+@attrs.frozen
+class Exponential:
+    """``base * factor ** (attempt - 1)``, at most *max*, spread by +-*jitter* (a fraction, 0.1 is 10 %).
+
+    Example:
+        ``Exponential(base=timedelta(minutes=1), factor=2)`` waits 1, 2, 4 ... minutes.
+
+    Raises:
+        InvalidOptionError: negative durations, a factor below 1, a jitter outside 0..1.
+    """
+
+    base: timedelta = attrs.field(validator=_positive)
+    factor: float = 2
+    max: timedelta = attrs.field(default=LONGEST_RETRY, validator=_positive)
+    jitter: float = 0
+
+    def __attrs_post_init__(self) -> None:
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise InvalidOptionError("factor", f"factor must be 1 or more, got {self.factor}")
+        if not 0 <= self.jitter <= 1:
+            raise InvalidOptionError("jitter", f"jitter must be 0..1, got {self.jitter}")
+
+    def delay(self, attempt: int, /) -> timedelta:
+        return _bounded(self.base.total_seconds(), max(attempt, 1) - 1, self.factor, self.max, self.jitter)
+
+
+class RiverPolicy:
+    """River's default: ``attempt ** 4`` seconds, spread by +-10 %, here capped at 30 days (River lets it grow to centuries)."""
+
+    def delay(self, attempt: int, /) -> timedelta:
+        return _bounded(1, 4, max(attempt, 1), LONGEST_RETRY, 0.1)
+
+
+RIVER_POLICY: Final = RiverPolicy()

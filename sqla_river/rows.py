@@ -1,0 +1,79 @@
+"""Plain values that travel between the stations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+import attrs
+
+from sqla_river.states import JobState, Transition
+
+ANNOUNCED_AHEAD: Final = timedelta(seconds=5)
+"""A job that is due this soon is announced, so that the woken runner reads the next due time again."""
+
+
+class Place(NamedTuple):
+    """Where a new job starts: its state, its time (None is the database's now()), and whether runners should hear of it."""
+
+    state: JobState
+    at: datetime | None
+    told: bool
+
+
+def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], datetime]) -> Place:
+    """Decide between available, scheduled and pending by *now*, the database's clock, which is asked only if there is a time to compare.
+
+    A time that has come inserts as available: River would let it wait for its scheduler.
+    """
+    if when is None:
+        return Place(JobState.PENDING, None, False) if pending else Place(JobState.AVAILABLE, None, True)
+    present = now()
+    at = present + when if isinstance(when, timedelta) else when
+    if pending:
+        return Place(JobState.PENDING, at, False)
+    return Place(JobState.SCHEDULED if at > present else JobState.AVAILABLE, at, at - present <= ANNOUNCED_AHEAD)
+
+
+@attrs.frozen
+class InsertRow:
+    """One job on its way in: validated, encoded, and not yet in the database.
+
+    `args` is the JSON text of an object. `when` is None (at once), an aware time, or a delay from the database's now().
+    """
+
+    kind: str
+    args: bytes
+    queue: str
+    priority: int
+    max_attempts: int
+    tags: Sequence[str]
+    metadata: Mapping[str, Any]
+    when: datetime | timedelta | None
+    pending: bool
+
+
+class JobRow(NamedTuple):
+    """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row fails alone.
+
+    `attempt` counts this attempt already. `token` is the fence: only its holder may change the outcome.
+    """
+
+    id: int
+    queue: str
+    kind: str
+    attempt: int
+    max_attempts: int
+    priority: int
+    args: str
+    metadata: str
+    token: str
+
+
+class Result(NamedTuple):
+    """What user code came to: the job, the row change it asks for, and how long it ran (monotonic seconds)."""
+
+    job: JobRow
+    transition: Transition
+    seconds: float = 0.0
+    settled: bool = False
+    """True when the row change is committed already, with the handler's own transaction."""

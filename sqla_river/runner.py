@@ -1,0 +1,363 @@
+"""`Runner`: the stations of one worker process, put together."""
+
+import atexit
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+from sqlalchemy import Engine
+
+from sqla_river import states, store
+from sqla_river.complete import Completer
+from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
+from sqla_river.execute import Executor, Slots, Watch, interrupt
+from sqla_river.fetch import Fetcher
+from sqla_river.heartbeat import Heartbeat
+from sqla_river.listen import Listener
+from sqla_river.loop import Loop
+from sqla_river.models import Job
+from sqla_river.options import check_queue
+from sqla_river.river import River
+from sqla_river.rows import JobRow, Result
+from sqla_river.states import JobState
+from sqla_river.store import OwnConnection
+from sqla_river.workers import Retry, Workers
+
+log: Final = logging.getLogger(__name__)
+
+MAX_SLOTS: Final = 10_000
+INTERRUPT_TIMEOUT: Final = 5.0
+"""Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
+READY_TIMEOUT: Final = 10.0
+"""Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
+
+
+def new_runner_id() -> str:
+    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
+    return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
+
+
+class Runner:
+    """Works jobs: fetches them, calls their handlers in threads, and writes what came of it.
+
+    Construction opens and starts nothing, so a module may hold one at import. Use it as ``with Runner(...) as runner:``, by
+    `start` and `stop`, or by `run`, which alone installs signal handlers. It opens connections of its own from *engine*; handlers
+    have the whole pool.
+
+    Args:
+        engine: of PostgreSQL, on psycopg 3.
+        workers: the handlers.
+        queues: slots by queue: how many of its jobs run at once here.
+        river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
+        timeout: for workers that have none of their own; None is no timeout.
+        retry: for workers that have no policy of their own; River's, attempt^4 seconds, unless said otherwise.
+        poll: how often to look for jobs that nobody announced.
+        heartbeat: how often to renew the row that says this runner lives.
+        lease: how long a silent runner keeps its jobs.
+        stop_timeout: how long running jobs may go on after `stop`, before they are interrupted.
+        listen: whether to LISTEN; or the engine to do it on, where *engine* goes through a transaction pooler.
+
+    Raises:
+        ConfigError: settings that do not go together, named with their values.
+        WrongDatabaseError: an engine that is not PostgreSQL's on psycopg 3.
+        InvalidOptionError: a queue name that River does not take.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        workers: Workers,
+        *,
+        queues: Mapping[str, int],
+        river: River[Any] | None = None,
+        timeout: timedelta | None = None,
+        retry: Retry | None = None,
+        poll: timedelta = timedelta(seconds=1),
+        heartbeat: timedelta = timedelta(seconds=5),
+        lease: timedelta = timedelta(seconds=30),
+        stop_timeout: timedelta = timedelta(seconds=20),
+        listen: bool | Engine = True,
+    ) -> None:
+        store.check_postgresql(engine.dialect.name, engine.dialect.driver)
+        if engine.dialect.driver != "psycopg" or engine.dialect.is_async:
+            raise WrongDatabaseError(
+                f"a Runner needs a sync engine on postgresql+psycopg, got postgresql+{engine.dialect.driver}"
+                f"{' (async)' if engine.dialect.is_async else ''}; make one with create_engine('postgresql+psycopg://...')"
+            )
+        _check_times(timeout, poll, heartbeat, lease, stop_timeout)
+        _check_queues(queues)
+        self.river: River[Any] = river if river is not None else River.of(Job)
+        self.engine = engine
+        self.workers = workers
+        self.queues: Mapping[str, int] = dict(queues)
+        self._timeout = timeout
+        self._retry = retry
+        self._poll = poll.total_seconds()
+        self._heartbeat = heartbeat.total_seconds()
+        self._stop_timeout = stop_timeout
+        self._listen_engine = (engine if listen else None) if isinstance(listen, bool) else listen
+        self._lifecycle = threading.Lock()
+        self._incarnation: _Incarnation | None = None
+
+    @property
+    def id(self) -> str | None:
+        """The id of the incarnation that runs now; None while the runner does not."""
+        return self._incarnation.id if self._incarnation is not None else None
+
+    @property
+    def stale(self) -> int:
+        """Outcomes that came too late and changed nothing, in this incarnation."""
+        return self._incarnation.completer.stale if self._incarnation is not None else 0
+
+    def start(self) -> None:
+        """Start working. Returns once LISTEN is set and the runner's row is written, or after 10 s without a database: it goes on trying.
+
+        Raises:
+            RunnerError: it runs already, or was started by the process that this one was forked from.
+        """
+        with self._lifecycle:
+            if self._incarnation is not None:
+                if self._incarnation.pid != os.getpid():
+                    raise RunnerError("this Runner was started before a fork, and its threads did not come along; make a new one in the child")
+                raise RunnerError("this Runner runs already; stop() it first, or make another one")
+            self._incarnation = incarnation = _Incarnation(self)
+            incarnation.start()
+
+    def stop(self, timeout: timedelta | None = None) -> None:
+        """Stop: fetch no more, give back what has not begun, let running jobs finish, and write every result.
+
+        After *timeout* (``stop_timeout`` unless said) ``job.cancelled`` is set with reason ``stop``; 5 s later the handlers that
+        still run are left behind. Interrupted jobs get their attempt back and are available at once: nothing is left running.
+        Returns after at most *timeout* + 6 s, and raises nothing. Calling it again, from any thread, hurries it one step on.
+        """
+        incarnation = self._incarnation
+        if incarnation is None or incarnation.pid != os.getpid():
+            return
+        incarnation.hurry()
+        with self._lifecycle:
+            if self._incarnation is incarnation:
+                incarnation.stop((timeout if timeout is not None else self._stop_timeout).total_seconds())
+                self._incarnation = None
+
+    def run(self) -> None:
+        """Work until SIGTERM or SIGINT, then stop; a second signal interrupts the running jobs, a third leaves them behind.
+
+        Only in the main thread, where Python takes signals; everywhere else use `start` and `stop`.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RunnerError("run() installs signal handlers and needs the main thread; use start() and stop() in another one")
+        asked = threading.Event()
+
+        def on_signal(_signal: int, _frame: FrameType | None) -> None:
+            if asked.is_set() and self._incarnation is not None:
+                self._incarnation.hurry()
+            asked.set()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.start()
+            asked.wait()
+            self.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+class _Incarnation:
+    """One life of a Runner, from start to stop: its stations, their threads, and an id of its own."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.id = new_runner_id()
+        self.pid = os.getpid()
+        self.stopping = False
+        self._hurry = 0
+        self._changed = threading.Event()
+        schema = runner.river.job_class.__table__.schema
+        slots = runner.queues
+
+        def own(role: str) -> OwnConnection:
+            return OwnConnection(runner.engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off"})
+
+        self._unfinished: dict[int, JobRow] = {}
+        self._flush_by = math.inf
+        fetch, complete, heartbeat = own("fetch"), own("complete"), own("heartbeat")
+        self._watch = Watch(wake=lambda: self._watching.wake())
+        self.executor = Executor(runner.workers, runner.river.settings.codec, retry=runner._retry, timeout=runner._timeout, watch=self._watch.add)
+        self._slots = Slots(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
+        self.completer = Completer(
+            complete, wake=lambda: self._completing.wake(), written=self._written, relieved=lambda: self._fetcher.relieved()
+        )
+        self._listener = (
+            Listener(runner._listen_engine, schema, f"sqla_river:listen:{self.id}", ("river_insert",), self._heard)
+            if runner._listen_engine is not None
+            else None
+        )
+        self._fetcher = Fetcher(
+            fetch,
+            self.id,
+            slots,
+            kinds=lambda: runner.workers.kinds,
+            deliver=self._deliver,
+            ready=lambda: self.completer.ready,
+            poll=runner._poll,
+            hears=lambda: self._listener is not None and self._listener.ready.is_set(),
+            wake=lambda: self._fetching.wake(),
+        )
+        self._heart = Heartbeat(heartbeat, self.id, slots, runner._heartbeat)
+        self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
+        self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
+        self._beating = Loop("sqla_river-heartbeat", self._heart.step, self._heart.leave)
+        self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
+
+    # ---- the arrows between the stations ------------------------------------------------------------------------------------------
+
+    def _deliver(self, rows: list[JobRow]) -> None:
+        if self.stopping:
+            self._give_back(rows)
+        else:
+            self._unfinished.update((row.id, row) for row in rows)
+            self._slots.deliver(rows)
+
+    def _finished(self, result: Result) -> None:
+        # Before the result can be written: from then on the same job may be fetched again.
+        self._unfinished.pop(result.job.id, None)
+        self.completer.put(result)
+        self._fetcher.freed(result.job.queue)
+        if self.stopping:
+            self._changed.set()
+
+    def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
+        for result, state in written:
+            if state in (JobState.RETRYABLE, JobState.SCHEDULED) and result.transition.delay is not None:
+                self._fetcher.due_in(result.transition.delay.total_seconds())
+
+    def _heard(self, topic: str | None, payload: str) -> None:
+        self._fetcher.heard(None if topic is None else _queue_of(payload))
+
+    def _give_back(self, rows: Sequence[JobRow]) -> None:
+        for row in rows:
+            self._unfinished.pop(row.id, None)
+            self.completer.put(Result(row, states.interrupted()))
+
+    def _flush(self) -> None:
+        self.completer.flush(self._flush_by)
+        self.completer.close()
+
+    # ---- life ---------------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        atexit.register(_stop_at_exit, weakref.ref(self))
+        self._completing.start()
+        self._beating.start()
+        self._watching.start()
+        if self._listener is not None:
+            self._listener.start()
+        until = time.monotonic() + READY_TIMEOUT
+        while not self._ready() and time.monotonic() < until and not self._hurry:
+            time.sleep(0.005)
+        self._fetching.start()
+        log.info("runner %s works queues %s", self.id, ", ".join(f"{name}={size}" for name, size in self._heart.slots.items()))
+
+    def _ready(self) -> bool:
+        """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on it."""
+        return self._heart.beaten and (self._listener is None or self._listener.ready.is_set())
+
+    def hurry(self) -> None:
+        """Go one step further: from starting to started, from waiting to interrupting, from there to leaving behind."""
+        self._hurry += 1
+        self._changed.set()
+
+    def stop(self, soft: float) -> None:
+        self.stopping = True
+        self._hurry = 0
+        began = time.monotonic()
+        atexit.unregister(_stop_at_exit)
+        self._fetching.stop()
+        self._give_back(self._slots.take_back())
+        if not self._finish_by(began + soft, hurried=1):
+            log.warning("%d jobs still run after %.1f s and are interrupted", len(self._unfinished), time.monotonic() - began)
+            interrupt(self.executor.running, "stop")
+            if not self._finish_by(time.monotonic() + INTERRUPT_TIMEOUT, hurried=2):
+                left = list(self._unfinished.values())
+                log.error("%d jobs ignore the stop and are left behind: %s", len(left), [(row.id, row.kind) for row in left[:20]])
+                self._give_back(left)
+        self._slots.stop()
+        self._flush_by = time.monotonic() + 0.7
+        self._completing.stop()
+        self._completing.join(0.8)
+        if self.completer.backlog:
+            log.error("%d results could not be written; their jobs run again when the lease of %s is over", self.completer.backlog, self.id)
+        for loop in (self._beating, self._watching):
+            loop.stop()
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener.join(0.1)
+        self._beating.join(0.1)
+        log.info("runner %s has stopped", self.id)
+
+    def _finish_by(self, deadline: float, hurried: int) -> bool:
+        """Wait until nothing runs any more; False at *deadline*, or once the stop was hurried so often."""
+        while self._unfinished or self._fetching.alive:
+            self._changed.clear()
+            self._give_back(self._slots.take_back())
+            left = deadline - time.monotonic()
+            if left <= 0 or self._hurry >= hurried:
+                return False
+            if self._fetching.alive:
+                self._fetching.join(min(left, 0.05))
+            elif self._unfinished:
+                self._changed.wait(min(left, 0.5))
+        return True
+
+
+def _stop_at_exit(reference: "weakref.ref[_Incarnation]") -> None:
+    incarnation = reference()
+    if incarnation is not None and incarnation.pid == os.getpid() and not incarnation.stopping:
+        incarnation.stop(0.0)
+
+
+def _queue_of(payload: str) -> str | None:
+    """The queue that a notification names; None, which means any, if it is not to be understood."""
+    found = re.fullmatch(r'\{\s*"queue"\s*:\s*"([^"\\]*)"\s*\}', payload)
+    return found.group(1) if found else None
+
+
+def _check_queues(queues: Mapping[str, int]) -> None:
+    if not queues:
+        raise ConfigError("queues is empty: a Runner needs at least one, as in queues={'default': 10}")
+    for name, slots in queues.items():
+        check_queue(name)
+        if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
+            raise ConfigError(f"queue {name!r} must have 1..{MAX_SLOTS} slots, got {slots!r}")
+
+
+def _check_times(timeout: timedelta | None, poll: timedelta, heartbeat: timedelta, lease: timedelta, stop_timeout: timedelta) -> None:
+    if timeout is not None and timeout <= timedelta(0):
+        raise ConfigError(f"timeout must be more than zero, got {timeout}; leave it out for none")
+    if not timedelta(milliseconds=1) <= poll <= timedelta(minutes=5):
+        raise ConfigError(f"poll must be 1 ms to 5 minutes, got {poll}")
+    if heartbeat < timedelta(milliseconds=100):
+        raise ConfigError(f"heartbeat must be at least 100 ms, got {heartbeat}")
+    if lease < 3 * heartbeat:
+        raise ConfigError(f"lease must be at least three heartbeats, got lease={lease} with heartbeat={heartbeat}; lengthen the lease")
+    if stop_timeout < timedelta(0):
+        raise ConfigError(f"stop_timeout must not be negative, got {stop_timeout}")

@@ -1,0 +1,124 @@
+"""The door for statements: which schema they mean, and the connections that a runner keeps for itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, CursorResult, Engine, Executable, RootTransaction, func, select
+from sqlalchemy.exc import DBAPIError
+
+from sqla_river import statements
+from sqla_river.errors import WrongDatabaseError
+
+_now: WeakKeyDictionary[RootTransaction, Any] = WeakKeyDictionary()
+
+
+def real_schema(connection: Connection, declared: str | None) -> str | None:
+    """The schema that our tables stand in, on *connection*: the declared one, through the translate map that the user set, if any.
+
+    Resolved here because SQLAlchemy's statement cache cannot tell one map with a None key from another map without it.
+    """
+    theirs: Mapping[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
+    return theirs.get(declared, declared)
+
+
+def map_options(schema: str | None) -> dict[str, Any]:
+    """Execution options that place our schema-less tables in *schema*; with None an empty map, which switches the user's map off."""
+    return {"schema_translate_map": {} if schema is None else {None: schema}}
+
+
+def execute(
+    connection: Connection,
+    schema: str | None,
+    statement: Executable,
+    parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+) -> CursorResult[Any]:
+    """Run one of our statements on *connection*, its tables in the real schema *schema*. One round trip."""
+    return connection.execute(statement, parameters, execution_options=map_options(schema))  # type: ignore[call-overload,no-any-return]
+
+
+def check_postgresql(dialect_name: str, driver: str) -> None:
+    """Raise `WrongDatabaseError` unless the dialect is PostgreSQL's."""
+    if dialect_name != "postgresql":
+        raise WrongDatabaseError(f"sqla_river needs postgresql+psycopg, this session is bound to '{dialect_name}+{driver}'")
+
+
+def transaction_now(connection: Connection) -> Any:
+    """The database's now(): the start of the transaction. One round trip, once per transaction."""
+    root = connection.get_transaction()
+    if root is None:
+        connection.execute(select(1))  # SQLAlchemy begins with the first statement
+        root = connection.get_transaction()
+    assert isinstance(root, RootTransaction)
+    now = _now.get(root)
+    if now is None:
+        now = _now[root] = connection.execute(statements.SELECT_NOW).scalar_one()
+    return now
+
+
+STATEMENT_TIMEOUT_SECONDS: Final = 30
+LOCK_TIMEOUT: Final = "5s"
+
+
+class OwnConnection:
+    """One connection that a runner keeps: from the user's engine, with its creator and connect events, but not of its pool.
+
+    Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error that may
+    have broken it, `close` it: the next `get` opens a new one. Let alone, a detached Connection reconnects *from the pool* and
+    loses its autocommit: its writes would never commit.
+    """
+
+    def __init__(self, engine: Engine, declared_schema: str | None, name: str, settings: Mapping[str, str] | None = None) -> None:
+        self._engine = engine
+        self._declared = declared_schema
+        self._settings = {
+            "application_name": name[:63],
+            "TimeZone": "UTC",
+            "lock_timeout": LOCK_TIMEOUT,
+            "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS}s",
+            "default_transaction_isolation": "read committed",
+            "jit": "off",
+            **(settings or {}),
+        }
+        self._connection: Connection | None = None
+        self.schema: str | None = None
+
+    def get(self) -> Connection:
+        """The open connection; opened now if there is none.
+
+        Raises:
+            sqlalchemy.exc.DBAPIError: the database is away; nothing is left open.
+        """
+        if self._connection is None:
+            connection = self._engine.connect()
+            try:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+                connection.detach()
+                connection.execute(select(*(func.set_config(key, value, False) for key, value in self._settings.items())))
+                self.schema = real_schema(connection, self._declared)
+            except BaseException:
+                connection.invalidate()
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+        """Run one of our statements. After a DBAPIError that broke the connection it is closed, and the next call opens another."""
+        connection = self.get()
+        try:
+            return execute(connection, self.schema, statement, parameters)
+        except BaseException as error:
+            if not isinstance(error, DBAPIError) or error.connection_invalidated or connection.invalidated:
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """Close it, broken or not."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            try:
+                connection.invalidate()
+                connection.close()
+            except DBAPIError:
+                pass  # it is gone either way

@@ -1,0 +1,70 @@
+"""One PostgreSQL for the whole run, a fresh database for each test that asks for one."""
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, text
+
+from sqla_river.embedded import EmbeddedPostgres
+from sqla_river.schema import create_all
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The URL of a server: TEST_DATABASE_URL, else one that is started here and thrown away."""
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    with EmbeddedPostgres() as postgres:
+        yield postgres.url()
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> Iterator[str]:
+    """The name of a database with our tables, to be copied: 50 ms instead of a migration per test."""
+    name = f"river_template_{os.getpid()}"
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine = create_engine(make_url(server).set(database=name))
+    create_all(engine)
+    engine.dispose()
+    yield name
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture
+def url(server: str, template: str) -> Iterator[str]:
+    """The URL of a database of the test's own, with our tables in it."""
+    yield from _database(server, f"TEMPLATE {template}")
+
+
+@pytest.fixture
+def empty_url(server: str) -> Iterator[str]:
+    """The URL of an empty database of the test's own."""
+    yield from _database(server, "")
+
+
+def _database(server: str, like: str) -> Iterator[str]:
+    name = f"river_{os.getpid()}_{next(_numbers)}"
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} {like}"))
+    yield make_url(server).set(database=name).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
