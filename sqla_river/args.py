@@ -197,21 +197,22 @@ def _told(error: Exception, plan: Plan | None, *, encoding: bool = False) -> tup
         parts.append(part)
         if plan is not None and part in plan.secrets:  # the keys below may be secret too
             break
-    if len(parts) > 20:  # noqa: PLR2004
-        parts = [*parts[:10], "...", *parts[-9:]]
     message = error.reason if plan is not None and plan.secrets else error.reason + error.detail
     if encoding and error.none_for:
         message += (
             "; if it comes from a row that is not flushed yet, call session.flush() first or declare the field as "
             f"{error.none_for} | None"
         )
-    return "$" + "".join(_step(part) for part in parts), message
+    steps = [_step(part) for part in parts]
+    if len(steps) > 20:  # noqa: PLR2004
+        steps[10:-10] = ["..."]
+    return "$" + "".join(steps), message
 
 
 def _step(part: str | int) -> str:
     if isinstance(part, int):
         return f"[{part}]"
-    return f".{shown(part)}" if part.isidentifier() or part == "..." else f'["{shown(part)}"]'
+    return f".{shown(part)}" if part.isidentifier() else f'["{shown(part)}"]'
 
 
 def _refuse_constant(_name: str) -> NoReturn:

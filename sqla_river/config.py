@@ -1,13 +1,14 @@
 """How args become rows: the settings of one `River`."""
 
 import threading
+from types import MemberDescriptorType
 from typing import Any, Final, Literal
 from weakref import WeakKeyDictionary
 
 import attrs
 
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, kind_of
-from sqla_river.errors import InvalidOptionError
+from sqla_river.errors import EncodeError, InvalidOptionError
 from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind
 from sqla_river.rows import InsertRow
 
@@ -57,8 +58,12 @@ class Settings:
     def _of_class(self, args_type: type, args: JobArgs) -> tuple[str, InsertOptions]:
         known = self._by_class.get(args_type)
         if known is None:
+            if isinstance(args, type):
+                raise EncodeError("$", f"args must be an instance, got the class {args.__name__}; write {args.__name__}(...)")
             kind = check_kind(kind_of(args))
             options = getattr(args_type, "options", NOTHING_SAID)
+            if isinstance(options, MemberDescriptorType):  # a field of that name
+                options = NOTHING_SAID
             if not isinstance(options, InsertOptions):
                 raise InvalidOptionError(
                     "options", f"{args_type.__name__}.options must be InsertOptions(...), got {type(options).__name__}"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard, cast
 
 from sqla_river.plain import whole
-from sqla_river.shapes import INT, NONE, Mismatch, Shape, is_dict, is_list, shown, wrong
+from sqla_river.shapes import INT, NONE, Mismatch, Shape, is_dict, is_list, key_name, wrong
 
 
 def array(
@@ -79,10 +79,10 @@ def fixed(items: Sequence[Shape]) -> Shape:
 
 def mapping(key: Shape, item: Shape) -> Shape:
     """dict[K, V], where K is text or an int in JSON."""
-    if key.open or key.json not in {frozenset({str}), frozenset({int})}:
+    if key.open or len(key.json) != 1 or not key.json <= {str, int}:
         raise Mismatch(f"dict keys of type {key.name} cannot be JSON keys; use str, int, UUID, date or an Enum of text")
     name = f"dict[{key.name}, {item.name}]"
-    key_in, key_out = (key.encode, key.decode) if key.json == {str} else _digits(key)
+    key_in, key_out = (key.encode, key.decode) if str in key.json else _digits(key)
     encode_item, decode_item = item.encode, item.decode
 
     def encode(value: Any) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _entries(entries: dict[Any, Any], turn_key: Callable[[Any], Any], turn: Call
                 raise
             out[new] = turn(item)
     except Mismatch as error:
-        error.parts.append(key if type(key) is str else shown(repr(key)))
+        error.parts.append(key_name(key))
         raise
     return out
 

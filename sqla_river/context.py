@@ -55,16 +55,17 @@ class JobContext(Generic[A_co]):
 
     Attributes:
         args: the typed args.
+        row: the raw row, as it was fetched.
         id, kind, queue, priority, max_attempts: of the row.
         attempt: this attempt, counted from 1.
         deadline: when its timeout is over (monotonic seconds); infinite without one.
         error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
     """
 
-    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "_row", "args", "deadline", "error")
+    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "args", "deadline", "error", "row")
 
     def __init__(self, row: JobRow, args: A_co) -> None:
-        self._row = row
+        self.row = row
         self.args = args
         self.deadline = math.inf
         self.error: BaseException | None = None
@@ -75,33 +76,33 @@ class JobContext(Generic[A_co]):
 
     @property
     def id(self) -> int:
-        return self._row.id
+        return self.row.id
 
     @property
     def kind(self) -> str:
-        return self._row.kind
+        return self.row.kind
 
     @property
     def queue(self) -> str:
-        return self._row.queue
+        return self.row.queue
 
     @property
     def attempt(self) -> int:
-        return self._row.attempt
+        return self.row.attempt
 
     @property
     def max_attempts(self) -> int:
-        return self._row.max_attempts
+        return self.row.max_attempts
 
     @property
     def priority(self) -> int:
-        return self._row.priority
+        return self.row.priority
 
     @property
     def metadata(self) -> Metadata:
         """The job's metadata; what is assigned is stored with the outcome."""
         if self._metadata is None:
-            stored = json.loads(self._row.metadata)
+            stored = json.loads(self.row.metadata)
             self._metadata = Metadata(stored if isinstance(stored, dict) else {})
         return self._metadata
 

@@ -125,6 +125,8 @@ _OURS_1: Final = (
     queues text[] NOT NULL DEFAULT '{{}}',
     slots integer[] NOT NULL DEFAULT '{{}}',
     version text NOT NULL DEFAULT '',
+    lease interval NOT NULL DEFAULT '30 seconds',
+    alone bigint,
     CONSTRAINT river_runner_id_length CHECK (char_length(id) > 0 AND char_length(id) < 128)
 )""",
     """CREATE TABLE IF NOT EXISTS {s}river_duty (

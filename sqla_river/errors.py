@@ -8,7 +8,8 @@
     │   ├── EncodeError                              ... when enqueueing
     │   └── DecodeError                              ... when a stored row no longer fits its class
     ├── UniqueNeedsEnqueueError       (TypeError)    Job(args) with unique options; the unit of work has no ON CONFLICT
-    ├── AsyncSessionError             (TypeError)    a plain verb was given an AsyncSession
+    ├── SessionError                  (TypeError)    a verb was given something that is no session
+    │   └── AsyncSessionError                        ... a plain verb an AsyncSession
     ├── WrongDatabaseError            (TypeError)    the session is bound to something that is not PostgreSQL
     ├── MappingError                  (TypeError)    a Job class that cannot be mapped
     ├── RegistrationError             (ValueError)   a handler or kind that cannot be registered
@@ -58,7 +59,11 @@ class UniqueNeedsEnqueueError(RiverError, TypeError):
     """``Job(args)`` with unique options."""
 
 
-class AsyncSessionError(RiverError, TypeError):
+class SessionError(RiverError, TypeError):
+    """A verb was given something that is no session or connection, or not of its colour."""
+
+
+class AsyncSessionError(SessionError):
     """A plain verb was given an AsyncSession; a call that nobody awaits must not look like a stored job."""
 
 

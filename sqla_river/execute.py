@@ -155,6 +155,11 @@ class Slots:
             if row is not None:
                 rows.append(row)
 
+    def put_back(self, rows: Iterable[JobRow]) -> None:
+        """Return what `take_back` took."""
+        for row in rows:
+            self._waiting.put(row)
+
     def stop(self) -> None:
         """Let each thread end after what it is doing."""
         for _ in self._threads:

@@ -6,15 +6,24 @@ from typing import Final
 from sqla_river.states import AttemptError
 
 LONGEST: Final = 10_000
-"""Characters of message and trace together that are kept of one attempt."""
+"""Bytes of message and trace together that are kept of one attempt."""
 _MESSAGE: Final = 2_000
 
 
 def storable(text: str, longest: int) -> str:
-    """*text* as PostgreSQL can keep it: no U+0000, no lone surrogates, and at most *longest* characters."""
-    if len(text) > longest:
-        text = f"{text[: longest - 3]}..."
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode()
+    """The beginning of *text* as PostgreSQL can keep it: no U+0000, no lone surrogates, at most *longest* bytes of UTF-8."""
+    raw = _raw(text[: longest + 1])
+    return raw.decode() if len(raw) <= longest else f"{raw[: longest - 3].decode(errors='ignore')}..."
+
+
+def _storable_end(text: str, longest: int) -> str:
+    """The same, of its end."""
+    raw = _raw(text[-longest - 1 :])
+    return raw.decode() if len(raw) <= longest else f"...{raw[3 - longest :].decode(errors='ignore')}"
+
+
+def _raw(text: str) -> bytes:
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace")
 
 
 def message_of(error: BaseException) -> str:
@@ -30,15 +39,16 @@ def message_of(error: BaseException) -> str:
 def trace_of(error: BaseException) -> str:
     """The traceback, without local values, its end kept where it is too long."""
     try:
+        if len(str(error)) > LONGEST:  # traceback takes 7 s for 50 MB of lines
+            raise ValueError
         lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-40, chain=True)
         text = "".join(lines)
     except BaseException:  # noqa: BLE001 - see message_of
         try:
-            text = "".join(traceback.format_tb(error.__traceback__, limit=-40))
+            text = "".join([*traceback.format_tb(error.__traceback__, limit=-40), message_of(error)])
         except BaseException:  # noqa: BLE001
             text = ""
-    longest = LONGEST - _MESSAGE
-    return storable(text if len(text) <= longest else f"...{text[3 - longest :]}", longest)
+    return _storable_end(text, LONGEST - _MESSAGE)
 
 
 def attempt_error(attempt: int, error: BaseException) -> AttemptError:

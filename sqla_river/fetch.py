@@ -6,11 +6,24 @@ One thread per runner, on a connection of its own. It decodes nothing.
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+from sqlalchemy import Executable
+from sqlalchemy.exc import IntegrityError
 
 from sqla_river.rows import JobRow
-from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_LOST, SELECT_NEXT_DUE
+from sqla_river.statements import (
+    CLEAR_ALONE,
+    COUNT_SUSPECTS,
+    DISCARD_CONFLICTS,
+    FETCH_AVAILABLE,
+    FETCH_SUSPECT,
+    FETCH_UNSUSPECTED,
+    SCHEDULE_DUE,
+    SELECT_LOST,
+    SELECT_NEXT_DUE,
+)
 from sqla_river.store import STATEMENT_TIMEOUT_SECONDS, OwnConnection
 
 LARGEST_FETCH: Final = 1_000
@@ -25,6 +38,12 @@ dead entries at the head of the index."""
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
+STAGGER: Final = 0.005
+"""Seconds by which each further runner of a fleet looks later at what is due: fifty of them need not all fire for one job."""
+RUN_EMPTY_WITHIN: Final = 30.0
+"""Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect."""
+ALONE_FOR: Final = 60.0
+"""Seconds after which a job that ran alone is no longer suspected of the death of its runner."""
 
 
 class Fetcher:
@@ -68,8 +87,8 @@ class Fetcher:
         self._number = 0
         self._lost: dict[str, float] = {}
         # What the next step has to do, and when (monotonic).
-        self._hungry = True
-        self._woken = False
+        self._hungry = set(slots)
+        self._woken: set[str] = set()
         self._idle = 1
         self._poll_at = 0.0
         self._due_at = 0.0
@@ -79,19 +98,27 @@ class Fetcher:
         self._looked_at = 0.0
         self._look = True
         self._starved = False
+        self._alone_until = 0.0
+        self._alone: bool | None = None  # None: no; False: slots run empty; True: a suspect runs alone
+        self.rank = 0
+        self.suspects = False
 
     # ---- called from other threads ----------------------------------------------------------------------------------------------
 
     def heard(self, queue: str | None) -> None:
         """A notification: a job of *queue*, of any queue where None, is there or due soon."""
-        if queue is None or queue in self._slots:
-            self._woken = True
-            self._wake()
+        if queue is None:
+            self._woken = set(self._slots)
+        elif queue in self._slots:
+            self._woken = self._woken | {queue}
+        else:
+            return
+        self._wake()
 
     def freed(self, queue: str) -> None:
         """A slot of *queue* is free. Constant time, no lock."""
         self._freed.append(queue)
-        if self._starved:
+        if queue in self._hungry:
             self._wake()
 
     def relieved(self) -> None:
@@ -106,27 +133,38 @@ class Fetcher:
             self._due_at = at
             self._wake()
 
+    def begin_alone(self, own: OwnConnection) -> bool:
+        """Let the slots run empty and run a suspect alone; False if there is none for this runner. *own* is the caller's connection."""
+        if (
+            self._alone is not None
+            or not own.execute(COUNT_SUSPECTS, {"p_queues": list(self._slots), "p_kinds": self._kinds()}).scalar()
+        ):
+            return False
+        self._alone_until = time.monotonic() + RUN_EMPTY_WITHIN
+        self._alone = False
+        self._wake()
+        return True
+
     # ---- the loop ---------------------------------------------------------------------------------------------------------------
 
     def step(self) -> float:
         """Schedule what is due, fetch what is available; seconds until the next look."""
         now = time.monotonic()
         self._starved = False
-        woken, self._woken = self._woken, False
-        if woken:
-            self._hungry = self._look = True
+        woken, self._woken = self._woken, set()
+        self._hungry |= woken
         polling = now >= self._poll_at
         if polling:
-            self._hungry = self._look = True
+            self._hungry = set(self._slots)
+        self._look = self._look or polling or bool(woken)
         if now >= self._due_at and now - self._looked_at >= SCHEDULE_EVERY:
             self._schedule()
+        if self._alone is not None:
+            return self._step_alone()
         free = self._free()
         fetched = 0
-        if self._hungry and free and self._ready():
-            fetched = self._fetch(free)
-            # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if nothing
-            # woke it: then a second look costs less than a job that waits for the poll.
-            self._hungry = fetched > 0 or woken
+        if free and self._ready():
+            fetched = self._fetch(free, woken)
         self._recover()
         if self._look and time.monotonic() - self._looked_at >= SCHEDULE_EVERY:
             self._read_next_due(unbounded=polling)
@@ -135,29 +173,69 @@ class Fetcher:
         return self._pause(bool(free))
 
     def _free(self) -> dict[str, int]:
-        self._count_freed()
-        free = {queue: size - self._busy[queue] for queue, size in self._slots.items() if size > self._busy[queue]}
-        if self._hungry and 0 < 2 * sum(free.values()) < sum(self._slots.values()):
+        """The free slots of the queues that may have work."""
+        free = self._free_now()
+        if 0 < 2 * sum(free.values()) < sum(self._slots[queue] for queue in self._hungry):
             time.sleep(GATHER)
-            self._count_freed()
-            free = {queue: size - self._busy[queue] for queue, size in self._slots.items() if size > self._busy[queue]}
+            free = self._free_now()
         return free
+
+    def _free_now(self) -> dict[str, int]:
+        self._count_freed()
+        free = {queue: self._slots[queue] - self._busy[queue] for queue in self._hungry}
+        return {queue: slots for queue, slots in free.items() if slots > 0}
 
     def _count_freed(self) -> None:
         while self._freed:
             self._busy[self._freed.popleft()] -= 1
 
-    def _fetch(self, free: Mapping[str, int]) -> int:
+    def _fetch(self, free: Mapping[str, int], woken: Collection[str]) -> int:
+        """Fetch for the queues in *free*. Those that gave nothing are done with, until something wakes them."""
+        share = max(1, LARGEST_FETCH // len(free))
+        asked = {
+            "p_queues": list(free),
+            "p_slots": [min(slots, share) for slots in free.values()],
+            "p_kinds": self._kinds(),
+        }
+        rows = self._execute_fetch(FETCH_UNSUSPECTED if self.suspects else FETCH_AVAILABLE, asked)
+        # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if nothing had just
+        # woken it: then a second look costs less than a job that waits for the poll.
+        self._hungry -= set(free) - {row.queue for row in rows} - set(woken)
+        return len(rows)
+
+    def _execute_fetch(self, statement: Executable, asked: Mapping[str, Any]) -> list[JobRow]:
         self._number += 1
         token = f"{self._runner_id}/{self._number}"
-        share = max(1, LARGEST_FETCH // len(free))
-        asked = {"p_queues": list(free), "p_slots": [min(slots, share) for slots in free.values()], "p_kinds": self._kinds(), "p_token": token}
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
-        fetched = self._own.execute(FETCH_AVAILABLE, asked).all()
+        try:
+            rows = [JobRow(*row, token) for row in self._own.execute(statement, {**asked, "p_token": token})]
+        except IntegrityError:
+            # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
+            self._own.execute(DISCARD_CONFLICTS)
+            rows = []
         del self._lost[token]
-        if fetched:
-            self._take([JobRow(*row, token) for row in fetched])
-        return len(fetched)
+        self._take(rows)
+        return rows
+
+    def _step_alone(self) -> float:
+        """One look at the suspect's turn: slots run empty, it runs alone, and after it, or a minute, the slots fill again."""
+        self._count_freed()
+        now = time.monotonic()
+        self._starved = True
+        if self._alone is False and not any(self._busy.values()):
+            asked = {"p_queues": list(self._slots), "p_kinds": self._kinds(), "p_id": self._runner_id}
+            if self._ready() and self._execute_fetch(FETCH_SUSPECT, asked):
+                self._alone, self._alone_until = True, now + ALONE_FOR
+            else:
+                self._alone = None
+        elif now >= self._alone_until or (self._alone and not any(self._busy.values())):
+            if self._alone:
+                self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
+            self._alone = None
+        if self._alone is None:
+            self._hungry = set(self._slots)
+            return 0.0
+        return max(0.0, min(self._alone_until - now, self._poll, max(self._due_at - now, SCHEDULE_EVERY)))
 
     def _take(self, rows: list[JobRow]) -> None:
         # RETURNING comes in the order of the table.
@@ -178,10 +256,15 @@ class Fetcher:
             del self._lost[token]
 
     def _schedule(self) -> None:
+        if self.rank:
+            # Others come before: by now they may have done it.
+            self._read_next_due(unbounded=False)
+            if self._due_at > self._looked_at + self.rank * STAGGER:
+                return
         moved = self._own.execute(SCHEDULE_DUE, {"p_schema": self._own.schema}).all()
-        self._hungry = self._hungry or bool(moved)
+        self._hungry |= {row.queue for row in moved} & set(self._slots)
         self._read_next_due(unbounded=False)
-        if not moved and self._due_at <= self._looked_at:
+        if not moved and self._due_at <= self._looked_at + self.rank * STAGGER:
             # What is due is locked by somebody: look again, but ever more slowly, or the timer would spin.
             self._blocked = min(max(2 * self._blocked, SCHEDULE_EVERY), self._poll)
             self._due_at = self._looked_at + self._blocked
@@ -200,7 +283,7 @@ class Fetcher:
             self._due_at = float("inf")
         else:
             seconds, self._due_since = row
-            self._due_at = now + max(seconds, 0.0)
+            self._due_at = now + max(seconds, 0.0) + self.rank * STAGGER
 
     def _plan_poll(self, *, idle: bool) -> None:
         self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
@@ -210,10 +293,9 @@ class Fetcher:
     def _pause(self, free: bool) -> float:
         now = time.monotonic()
         if self._hungry:
-            if free and self._ready():
-                return 0.0
-            self._starved = True
-            if self._freed:
+            if not self._ready():
+                self._starved = True
+            elif free and self._free_now():
                 return 0.0
         wait = [self._poll_at - now, max(self._due_at, self._looked_at + SCHEDULE_EVERY) - now]
         if self._look:

@@ -158,5 +158,5 @@ def _resolved(cls: type, field: Field) -> Any:
     except Exception as error:  # noqa: BLE001 - the same
         raise TypeError(
             f"the type of field {field.name!r} of {cls.__name__} cannot be resolved "
-            f"({type(error).__name__}: {error}); import it at module level, not under 'if TYPE_CHECKING' nor in a function"
+            f"({type(error).__name__}: {error}); import it at module level, not under TYPE_CHECKING or in a function"
         ) from None

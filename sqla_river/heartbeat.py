@@ -1,15 +1,30 @@
-"""The heartbeat: the row that says this runner lives, and the rows of its queues. A thread and a connection of its own."""
+"""The heartbeat: the row that says this runner lives, and the rows of its queues. A thread and a connection of its own.
 
+A runner keeps its jobs for as long as its row is fresh: one lease. Whoever finds its own row older than that, less a margin, stops
+fetching; when the database answers again it renews the row first, and then reads which of its jobs are still its own.
+"""
+
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
+from typing import Final, NamedTuple
 
-from sqla_river.statements import DELETE_RUNNER, UPSERT_QUEUES, UPSERT_RUNNER
+from sqla_river.rows import JobRow
+from sqla_river.statements import DELETE_RUNNER, REFRESH_LONG, SELECT_FLEET, SELECT_OWN, UPSERT_QUEUES, UPSERT_RUNNER
 from sqla_river.store import OwnConnection
 
 TOUCH_QUEUES_EVERY: Final = 600.0
 """Seconds; River's clients delete a queue that nobody touched for 24 h."""
+
+
+class Fleet(NamedTuple):
+    """What a heartbeat learns: how many live runners come before this one, whether there are suspects, which of its jobs to cancel."""
+
+    rank: int
+    suspects: bool
+    cancelled: Sequence[int]
 
 
 def library_version() -> str:
@@ -20,22 +35,62 @@ def library_version() -> str:
 
 
 class Heartbeat:
-    """The heartbeat loop of one runner; `step` is what its thread repeats, every *every* seconds."""
+    """The heartbeat loop of one runner; `step` is what its thread repeats, every *every* seconds.
 
-    def __init__(self, own: OwnConnection, runner_id: str, slots: Mapping[str, int], every: float) -> None:
+    Args:
+        own: its connection.
+        runner_id, slots: what the row says.
+        every, lease: seconds.
+        unfinished: the jobs that this runner holds.
+        lost: told of those of them that are another's by now.
+        learnt: told what each beat found out.
+    """
+
+    def __init__(
+        self,
+        own: OwnConnection,
+        runner_id: str,
+        slots: Mapping[str, int],
+        every: float,
+        lease: float,
+        *,
+        unfinished: Callable[[], Sequence[JobRow]],
+        lost: Callable[[Sequence[JobRow]], None],
+        learnt: Callable[[Fleet], None],
+    ) -> None:
         self._own = own
         self._runner_id = runner_id
         self.slots = slots
         self._every = every
-        self._touched_at: float | None = None
-        self.beat_at = time.monotonic()
-        """When the row was last known to be fresh: the moment before the statement was sent (monotonic)."""
-        self.beaten = False
+        self._lease = lease
+        self._unfinished = unfinished
+        self._lost = lost
+        self._learnt = learnt
+        self._touched_at = -math.inf
+        self._beat_at = -math.inf
+        self._kept_since = math.inf
+
+    @property
+    def beaten(self) -> bool:
         """Whether the row was ever written."""
+        return self._beat_at > -math.inf
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the lease holds for some time yet: 5 s of 30. Without that nothing more is fetched."""
+        return time.monotonic() - self._beat_at < self._lease * 5 / 6
+
+    @property
+    def kept(self) -> bool:
+        """Whether this runner has kept its own heartbeat for a whole lease, without a gap of more than two beats."""
+        now = time.monotonic()
+        return now - self._kept_since >= self._lease and now - self._beat_at <= 2 * self._every
 
     def step(self) -> float:
         """Renew the runner's row, and every ten minutes those of its queues; seconds until the next."""
+        # The moment before the statement is sent: the row is at least as fresh as this clock says.
         began = time.monotonic()
+        gap = began - self._beat_at
         self._own.execute(
             UPSERT_RUNNER,
             {
@@ -43,16 +98,33 @@ class Heartbeat:
                 "p_queues": list(self.slots),
                 "p_slots": list(self.slots.values()),
                 "p_version": library_version(),
+                "p_lease": timedelta(seconds=self._lease),
             },
         )
-        self.beat_at = began
-        if self._touched_at is None or began - self._touched_at >= TOUCH_QUEUES_EVERY:
+        if gap > 2 * self._every:
+            self._kept_since = began
+        if gap >= self._lease * 5 / 6:
+            self._look_for_lost()
+        self._beat_at = began
+        if began - self._touched_at >= TOUCH_QUEUES_EVERY:
             self._own.execute(UPSERT_QUEUES, {"p_queues": list(self.slots)})
+            self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
             self._touched_at = began
-        self.beaten = True
+        rank, suspects, cancelled = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
+        self._learnt(Fleet(rank, suspects, cancelled))
         return max(self._every - (time.monotonic() - began), 0.0)
+
+    def _look_for_lost(self) -> None:
+        """After a gap in which the lease may have run out: which jobs were freed, and are perhaps another's."""
+        unfinished = self._unfinished()
+        if unfinished:
+            tokens = sorted({row.token for row in unfinished})
+            own = set(self._own.execute(SELECT_OWN, {"p_tokens": tokens}).scalars())
+            self._lost([row for row in unfinished if row.id not in own])
 
     def leave(self) -> None:
         """Take the runner's row away, unless a running job still names it."""
-        self._own.execute(DELETE_RUNNER, {"p_id": self._runner_id})
-        self._own.close()
+        try:
+            self._own.execute(DELETE_RUNNER, {"p_id": self._runner_id})
+        finally:
+            self._own.close()

@@ -13,9 +13,9 @@ from sqlalchemy.orm.attributes import set_committed_value
 from sqla_river import bulk, notify, store
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
-from sqla_river.errors import AsyncSessionError, EncodeError, InvalidOptionError
+from sqla_river.errors import AsyncSessionError, EncodeError, InvalidOptionError, SessionError
 from sqla_river.models import JobMixin
-from sqla_river.options import NOTHING_SAID, InsertOptions
+from sqla_river.options import NOTHING_SAID, InsertOptions, shown
 from sqla_river.rows import InsertRow, place
 from sqla_river.statements import INSERT_JOB
 
@@ -41,7 +41,7 @@ def sync_session(session: Any) -> Session | Connection:
 
     Raises:
         AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must not look like a stored job.
-        TypeError: for anything else.
+        SessionError: for anything else.
     """
     if isinstance(session, Session | Connection):
         return session
@@ -52,18 +52,24 @@ def sync_session(session: Any) -> Session | Connection:
     registry = getattr(session, "registry", None)
     if callable(registry):
         return sync_session(registry())
-    raise TypeError(f"expected a Session, scoped_session or Connection, got {type(session).__name__}")
+    raise SessionError(
+        f"expected a Session, scoped_session or Connection, got {type(session).__name__}; "
+        "write 'with Session(engine) as session' and pass that"
+    )
+
+
+def check_bind(session: Session | Connection, job_class: type[JobMixin]) -> None:
+    """Raise `WrongDatabaseError` unless jobs of *job_class* go to PostgreSQL. No round trip."""
+    bind = session if isinstance(session, Connection) else session.get_bind(mapper=job_class)
+    store.check_postgresql(bind.dialect.name, bind.dialect.driver)
 
 
 def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connection:
     """The connection that jobs of *job_class* go to, in the caller's transaction; pending rows of a Session are flushed first."""
     if isinstance(session, Connection):
-        connection = session
-    else:
-        session.flush()
-        connection = session.connection(bind_arguments={"mapper": job_class})
-    store.check_postgresql(connection.dialect.name, connection.dialect.driver)
-    return connection
+        return session
+    session.flush()
+    return session.connection(bind_arguments={"mapper": job_class})
 
 
 def mark_changed(session: Session | Connection) -> None:
@@ -78,20 +84,18 @@ def mark_changed(session: Session | Connection) -> None:
 def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]) -> J:
     """See `River.enqueue`."""
     session = sync_session(session)
+    check_bind(session, job_class)
     row = job_class.__river__.row(args, said)
     job = job_class(args, _row=row)
     if isinstance(session, Connection):
         _insert_now(session, job, row)
     else:
-        bind = session.get_bind(mapper=job_class)
-        store.check_postgresql(bind.dialect.name, bind.dialect.driver)
         session.add(job)
     return job
 
 
 def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
-    store.check_postgresql(connection.dialect.name, connection.dialect.driver)
     schema = store.real_schema(connection, job.__table__.schema)  # type: ignore[attr-defined]
     state, at, told = place(row.when, row.pending, partial(store.transaction_now, connection))
     values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in job.__table__.c}
@@ -107,6 +111,7 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
 def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, returning: bool) -> Inserted:
     """See `River.enqueue_many`."""
     session = sync_session(session)
+    check_bind(session, job_class)
     settings = job_class.__river__
     count = 0
     ids: list[int | None] = []
@@ -126,8 +131,10 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
     block: list[InsertRow] = []
     size = 0
     for position, item in enumerate(items):
-        args, said = item if isinstance(item, tuple) else (item, NOTHING_SAID)
+        args, said = item if isinstance(item, tuple) and len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
         try:
+            if not isinstance(said, InsertOptions):
+                raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
             row = settings.row(args, said)
         except EncodeError as error:
             raise EncodeError(f"$[{position}]{error.path[1:]}", str(error).removeprefix(f"{error.path}: ")) from error

@@ -1,7 +1,8 @@
 """`Job`, the mapping of ``river_job``, and `JobMixin`, the same mapping for a Base, MetaData or ``db.Model`` of one's own."""
 
 import json
-from datetime import datetime, timedelta
+from copy import deepcopy
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
@@ -87,7 +88,8 @@ class JobMixin:
         def __tablename__(cls):
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
-    _delay: timedelta | None = None
+    _delay: tuple[timedelta, datetime] | None = None
+    """The delay that was asked for, and the ``scheduled_at`` that it is taken to mean so far."""
     _told: bool = True
 
     def __init__(self, args: JobArgs, *, _row: InsertRow | None = None, **options: Unpack[OptionWords]) -> None:
@@ -105,11 +107,14 @@ class JobMixin:
         self.priority = row.priority
         self.max_attempts = row.max_attempts
         self.tags = list(row.tags)
-        self.metadata_ = dict(row.metadata)
+        self.metadata_ = deepcopy(dict(row.metadata))
         if row.pending:
             self.state = JobState.PENDING
+        elif row.when is not None:
+            self.state = JobState.SCHEDULED  # the flush decides by the database's clock; this is what merge() copies
         if isinstance(row.when, timedelta):
-            self._delay = row.when
+            self.scheduled_at = datetime.now(UTC) + row.when
+            self._delay = row.when, self.scheduled_at
         elif row.when is not None:
             self.scheduled_at = row.when
 
@@ -137,14 +142,18 @@ def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
     """Decide where the job starts by the database's clock, and store its time as a plain value: an expression would cost an INSERT per row."""
     store.check_postgresql(connection.dialect.name, connection.dialect.driver)
     given, state = vars(job).get("scheduled_at"), vars(job).get("state")
-    if given is not None:
-        check_when("scheduled_at", given)
-    place_ = place(job._delay or given, state == JobState.PENDING, partial(store.transaction_now, connection))
-    if place_.at is not None:
-        job.scheduled_at = place_.at
-        if state is None:
-            job.state = place_.state
-    job._told = place_.told
+    when = check_when("scheduled_at", given) if given is not None else None
+    delayed = job._delay is not None and job._delay[1] == given
+    if delayed:
+        when = job._delay[0]
+    found = place(when, state == JobState.PENDING, partial(store.transaction_now, connection))
+    if found.at is not None:
+        job.scheduled_at = found.at
+        if state in {None, JobState.AVAILABLE, JobState.SCHEDULED}:
+            job.state = found.state
+        if delayed:
+            job._delay = job._delay[0], found.at  # added anew after a rollback, it counts from the new now()
+    job._told = found.told
 
 
 @event.listens_for(JobMixin, "after_insert", propagate=True)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, cast
 
 import attrs
 
@@ -22,6 +22,8 @@ _SCHEMA: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_QUEUE: Final = 64
 MAX_SCHEMA: Final = 46  # bytes: '<schema>.river_leadership' is a NOTIFY channel, and a longer one aborts the user's transaction
 MAX_ATTEMPTS: Final = 32767
+MAX_DEPTH: Final = 100
+_TOO_LONG: Final = 10**4300  # Python refuses to turn longer ints into text (sys.set_int_max_str_digits)
 EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
 LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 """The times that every session time zone can show; PostgreSQL knows later ones, Python does not."""
@@ -29,7 +31,10 @@ LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 def shown(value: object) -> str:
     """*value* for an error message: escaped, and no longer than 60 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - an int too long for text, or a class of the user's
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
 
 
@@ -53,7 +58,8 @@ def check_queue(queue: object) -> str:
 
 def check_schema(schema: str | None) -> str | None:
     """*schema*, if River's channels can carry it: an identifier of at most 46 bytes."""
-    if schema is not None and (len(schema) > MAX_SCHEMA or not _SCHEMA.fullmatch(schema)):
+    text: object = schema
+    if text is not None and not (isinstance(text, str) and len(text) <= MAX_SCHEMA and _SCHEMA.fullmatch(text)):
         raise InvalidOptionError(
             "schema", f"schema must be a plain identifier of at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {shown(schema)}"
         )
@@ -113,34 +119,51 @@ def _tags(value: object) -> tuple[str, ...]:
     return tags
 
 
-def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> None:
-    """Raise unless *value* is JSON that jsonb takes: no NaN, infinity, U+0000, lone surrogate or key that is not a string."""
-    if depth > 100:  # noqa: PLR2004
-        raise InvalidOptionError(option, f"{option} is nested deeper than 100 at {path[:60]}")
+def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> Any:
+    """A plain copy of *value*, if it is JSON that jsonb takes.
+
+    That is: no NaN, infinity, U+0000, lone surrogate, or key that is not a string.
+    """
+    where = f"at {path[:60]}"
+    if depth > MAX_DEPTH:
+        raise InvalidOptionError(option, f"{option} is nested deeper than {MAX_DEPTH} {where}")
+    if value is None or isinstance(value, bool):
+        return value
     if isinstance(value, str):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise InvalidOptionError(option, f"{option} holds U+0000 or a lone surrogate at {path[:60]}; PostgreSQL cannot store it")
-    elif isinstance(value, float):
+            raise InvalidOptionError(
+                option, f"{option} holds U+0000 or a lone surrogate {where}; PostgreSQL cannot store it"
+            )
+        return str.__str__(value)
+    if isinstance(value, int):
+        if not -_TOO_LONG < value < _TOO_LONG:
+            raise InvalidOptionError(option, f"{option} holds an int of more than 4,300 digits {where}; store it as text")
+        return int(value)
+    if isinstance(value, float):
         if not math.isfinite(value):
-            raise InvalidOptionError(option, f"{option} holds {value} at {path[:60]}; JSON has no such number")
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
+            raise InvalidOptionError(option, f"{option} holds {value} {where}; JSON has no such number")
+        return float(value)
+    if isinstance(value, Mapping):
+        entries: dict[str, Any] = {}
+        for key, item in cast("Mapping[object, object]", value).items():
             if not isinstance(key, str):
-                raise InvalidOptionError(option, f"{option} has a key that is not a string at {path[:60]}: {shown(key)}")
-            check_json(option, key, path, depth + 1)
-            check_json(option, item, f"{path}.{key}", depth + 1)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            check_json(option, item, f"{path}[{index}]", depth + 1)
-    elif value is not None and not isinstance(value, int):
-        raise InvalidOptionError(option, f"{option} holds a {type(value).__name__} at {path[:60]}; JSON knows only plain values")
+                raise InvalidOptionError(option, f"{option} has a key that is not a string {where}: {shown(key)}")
+            name = check_json(option, key, path, depth + 1)
+            entries[name] = check_json(option, item, f"{path}.{name}", depth + 1)
+        return entries
+    if isinstance(value, list | tuple):
+        items = cast("Sequence[object]", value)
+        return [check_json(option, item, f"{path}[{index}]", depth + 1) for index, item in enumerate(items)]
+    raise InvalidOptionError(
+        option, f"{option} holds a {type(value).__name__} {where}; JSON knows only plain values"
+    )
 
 
 def _metadata(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InvalidOptionError("metadata", f"metadata must be a mapping, got {shown(value)}")
-    check_json("metadata", value)
-    return dict(value)
+    copy: dict[str, Any] = check_json("metadata", value)
+    return copy
 
 
 class OptionWords(TypedDict, total=False):

@@ -4,7 +4,7 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Final
 
-from sqla_river.shapes import STR, Mismatch, Shape, encode_float, is_dict, is_list, shown, type_name
+from sqla_river.shapes import STR, Mismatch, Shape, encode_float, is_dict, is_list, key_name, type_name
 
 MAX_DEPTH: Final = 200
 TOO_DEEP: Final = (
@@ -41,27 +41,44 @@ def plain(value: Any, room: int = MAX_DEPTH) -> Any:
         return whole(value)
     if isinstance(value, float):
         return encode_float(value)
-    if not (is_list(value) or is_dict(value)):
-        why = "would come back as a list; pass a list" if isinstance(value, tuple) else "has no JSON form; convert it"
-        raise Mismatch(f"{type_name(value)} {why}, or declare the type of the field")
+    if is_list(value):
+        return _plain_list(value, room)
+    if is_dict(value):
+        return _plain_dict(value, room)
+    raise _outsider(value)
+
+
+def _plain_list(value: list[Any], room: int) -> list[Any]:
     if not room:
         raise Mismatch(TOO_DEEP)
-    # Loops of its own, not _each: one frame per level, for callers that stand deep in a framework.
-    at: Any = 0
+    items: list[Any] = []
     try:
-        if is_list(value):
-            items: list[Any] = []
-            for item in value:
-                at = len(items)
-                items.append(plain(item, room - 1))
-            return items
-        entries: dict[str, Any] = {}
-        for at, item in value.items():
-            entries[_plain_key(at)] = plain(item, room - 1)
+        for item in value:
+            items.append(plain(item, room - 1))  # noqa: PERF401 - the length says where it stopped
     except Mismatch as error:
-        error.parts.append(at if type(at) in {str, int} else shown(repr(at)))
+        error.parts.append(len(items))
+        raise
+    return items
+
+
+def _plain_dict(value: dict[Any, Any], room: int) -> dict[str, Any]:
+    if not room:
+        raise Mismatch(TOO_DEEP)
+    entries: dict[str, Any] = {}
+    key: Any = None
+    try:
+        for key, item in value.items():
+            entries[_plain_key(key)] = plain(item, room - 1)
+    except Mismatch as error:
+        error.parts.append(key_name(key))
         raise
     return entries
+
+
+def _outsider(value: object) -> Mismatch:
+    name = type_name(value)
+    why = "would come back as a list; pass a list" if isinstance(value, tuple) else "has no JSON form; convert it"
+    return Mismatch(f"{name} {why}, or declare the type of the field")
 
 
 def _plain_key(key: Any) -> str:

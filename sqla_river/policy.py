@@ -18,7 +18,9 @@ class RetryPolicy(Protocol):
     def delay(self, attempt: int, /) -> timedelta: ...
 
 
-def _positive(_: object, field: "attrs.Attribute[timedelta]", value: timedelta) -> None:
+def _positive(_: object, field: "attrs.Attribute[timedelta]", value: object) -> None:
+    if not isinstance(value, timedelta):
+        raise InvalidOptionError(field.name, f"{field.name} must be a timedelta, got {value!r}; a bare number means no time")
     if value < timedelta(0):
         raise InvalidOptionError(field.name, f"{field.name} must not be negative, got {value}")
 
@@ -30,7 +32,8 @@ def _bounded(base: float, exponent: float, factor: float, longest: timedelta, ji
         return timedelta(0)
     size = math.log(base) + exponent * math.log(factor) if factor > 0 else -math.inf
     seconds = cap if size >= math.log(max(cap, 1e-6)) else math.exp(size)
-    return min(longest, timedelta(seconds=seconds * (1 + random.uniform(-jitter, jitter))))  # noqa: S311 - not a secret
+    seconds *= 1 + random.uniform(-jitter, jitter)  # noqa: S311 - not a secret
+    return longest if seconds >= cap else timedelta(seconds=seconds)
 
 
 @attrs.frozen
@@ -50,10 +53,10 @@ class Exponential:
     jitter: float = 0
 
     def __attrs_post_init__(self) -> None:
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise InvalidOptionError("factor", f"factor must be 1 or more, got {self.factor}")
-        if not 0 <= self.jitter <= 1:
-            raise InvalidOptionError("jitter", f"jitter must be 0..1, got {self.jitter}")
+        if not (isinstance(self.factor, int | float) and 1 <= self.factor < math.inf):
+            raise InvalidOptionError("factor", f"factor must be 1 or more, got {self.factor!r}")
+        if not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= 1):
+            raise InvalidOptionError("jitter", f"jitter must be 0..1, got {self.jitter!r}")
 
     def delay(self, attempt: int, /) -> timedelta:
         return _bounded(self.base.total_seconds(), max(attempt, 1) - 1, self.factor, self.max, self.jitter)

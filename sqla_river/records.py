@@ -131,6 +131,7 @@ class _Compiler:
 
     def foreign(self, kind: Any) -> Shape:
         """Enums, subclasses of scalars, and classes for which the converter has hooks."""
+        python: Any = kind
         if not isinstance(kind, type) or issubclass(cast("type[Any]", kind), tuple) or typing.is_typeddict(kind):
             raise Mismatch(
                 f"type {shown(str(getattr(kind, '__name__', kind)))} has no JSON form; use an attrs class or dataclass"
@@ -167,7 +168,7 @@ class _Compiler:
                     f"the structure hook of {name} refused it ({type_name(error)})", f": {shown(str(error))}"
                 ) from None
 
-        return Shape(name, encode, decode, plain.ANY.json - {NoneType}, kind, open=True)
+        return Shape(name, encode, decode, plain.ANY.json - {NoneType}, python, open=True)
 
     def grown(self, key: Any, name: str, build: Callable[[], Shape], python: Any = None) -> Shape:
         """A shape that may hold itself: who asks while it is being built gets a stand-in that becomes the real one."""
@@ -262,17 +263,14 @@ def _check_constructor(cls: type, fields: list[Field]) -> None:
     aliases = {field.alias for field in fields}
     parameters = inspect.signature(cls).parameters.values()
     takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    names = {one.name for one in parameters if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
-    needed = {
-        one.name
-        for one in parameters
-        if one.default is one.empty and one.kind not in {one.VAR_KEYWORD, one.VAR_POSITIONAL}
-    }
+    named = [one for one in parameters if one.kind not in {one.VAR_KEYWORD, one.VAR_POSITIONAL}]
+    names = {one.name for one in named if one.kind is not one.POSITIONAL_ONLY}
+    needed = {one.name for one in named if one.default is one.empty}
     odd = sorted(needed - aliases) or sorted(set() if takes_all else aliases - names)
     if odd:
         raise Mismatch(
-            f"the constructor of {shown(cls.__name__)} and its fields differ in {shown(odd[0])!r}, so it cannot be built "
-            "from JSON; let attrs or dataclass write __init__"
+            f"the constructor of {shown(cls.__name__)} and its fields differ in {shown(odd[0])!r}, so JSON "
+            "cannot build it; let attrs or dataclass write __init__"
         )
 
 
@@ -300,8 +298,8 @@ def _encoder(cls: type, fields: list[Field], inner: list[Shape]) -> Callable[[An
     def refuse(value: object) -> None:
         if isinstance(value, cls):
             raise Mismatch(
-                f"expected {shown(cls.__name__)}, got its subclass {type_name(value)}, which would come back as its base; "
-                f"declare the field as {shown(cls.__name__)} | {type_name(value)}"
+                f"expected {shown(cls.__name__)}, got its subclass {type_name(value)}, which would come back as the "
+                f"former; declare the field as {shown(cls.__name__)} | {type_name(value)}"
             )
         raise shapes.wrong(shown(cls.__name__), value)
 

@@ -1,6 +1,7 @@
 """`Runner`: the stations of one worker process, put together."""
 
 import atexit
+import json
 import logging
 import math
 import os
@@ -20,14 +21,19 @@ from sqlalchemy import Engine
 
 from sqla_river import states, store
 from sqla_river.complete import Completer
+from sqla_river.context import cancel_context
+from sqla_river.duties import turns
+from sqla_river.duties.prune import Clean, Prune
+from sqla_river.duties.rescue import Isolate, Rescue
+from sqla_river.duties.turns import Turns
 from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
 from sqla_river.execute import Executor, Slots, Watch, interrupt
 from sqla_river.fetch import Fetcher
-from sqla_river.heartbeat import Heartbeat
+from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.listen import Listener
 from sqla_river.loop import Loop
 from sqla_river.models import Job
-from sqla_river.options import check_queue
+from sqla_river.options import Retention, check_queue
 from sqla_river.river import River
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import JobState
@@ -67,6 +73,7 @@ class Runner:
         heartbeat: how often to renew the row that says this runner lives.
         lease: how long a silent runner keeps its jobs.
         stop_timeout: how long running jobs may go on after `stop`, before they are interrupted.
+        retention: how long finished jobs stay.
         listen: whether to LISTEN; or the engine to do it on, where *engine* goes through a transaction pooler.
 
     Raises:
@@ -88,6 +95,7 @@ class Runner:
         heartbeat: timedelta = timedelta(seconds=5),
         lease: timedelta = timedelta(seconds=30),
         stop_timeout: timedelta = timedelta(seconds=20),
+        retention: Retention = Retention(),
         listen: bool | Engine = True,
     ) -> None:
         store.check_postgresql(engine.dialect.name, engine.dialect.driver)
@@ -106,6 +114,8 @@ class Runner:
         self._retry = retry
         self._poll = poll.total_seconds()
         self._heartbeat = heartbeat.total_seconds()
+        self._lease = lease.total_seconds()
+        self._retention = retention
         self._stop_timeout = stop_timeout
         self._listen_engine = (engine if listen else None) if isinstance(listen, bool) else listen
         self._lifecycle = threading.Lock()
@@ -200,6 +210,7 @@ class _Incarnation:
         self._unfinished: dict[int, JobRow] = {}
         self._flush_by = math.inf
         fetch, complete, heartbeat = own("fetch"), own("complete"), own("heartbeat")
+        duties = OwnConnection(runner.engine, schema, f"sqla_river:duties:{self.id}", {"statement_timeout": turns.STATEMENT_TIMEOUT})
         self._watch = Watch(wake=lambda: self._watching.wake())
         self.executor = Executor(runner.workers, runner.river.settings.codec, retry=runner._retry, timeout=runner._timeout, watch=self._watch.add)
         self._slots = Slots(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
@@ -217,15 +228,34 @@ class _Incarnation:
             slots,
             kinds=lambda: runner.workers.kinds,
             deliver=self._deliver,
-            ready=lambda: self.completer.ready,
+            ready=lambda: self.completer.ready and self._heart.fresh,
             poll=runner._poll,
             hears=lambda: self._listener is not None and self._listener.ready.is_set(),
             wake=lambda: self._fetching.wake(),
         )
-        self._heart = Heartbeat(heartbeat, self.id, slots, runner._heartbeat)
+        self._heart = Heartbeat(
+            heartbeat,
+            self.id,
+            slots,
+            runner._heartbeat,
+            runner._lease,
+            unfinished=lambda: list(self._unfinished.values()),
+            lost=self._lost,
+            learnt=self._learnt,
+        )
+        self._turns = Turns(
+            duties,
+            [
+                Rescue(lambda: self._heart.kept, lambda freed: self._fetcher.heard(None), _sweep_every(runner._lease)),
+                Isolate(lambda: self._fetcher.suspects, self._fetcher.begin_alone),
+                Prune(runner._retention),
+                Clean(),
+            ],
+        )
         self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
         self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
         self._beating = Loop("sqla_river-heartbeat", self._heart.step, self._heart.leave)
+        self._maintaining = Loop("sqla_river-duties", self._turns.step, duties.close)
         self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
 
     # ---- the arrows between the stations ------------------------------------------------------------------------------------------
@@ -251,7 +281,37 @@ class _Incarnation:
                 self._fetcher.due_in(result.transition.delay.total_seconds())
 
     def _heard(self, topic: str | None, payload: str) -> None:
-        self._fetcher.heard(None if topic is None else _queue_of(payload))
+        notice = _notice(payload) if topic is not None else {}
+        if notice.get("suspects") is True:
+            self._fetcher.suspects = True
+        queue = notice.get("queue")
+        self._fetcher.heard(queue if isinstance(queue, str) else None)
+
+    def _learnt(self, fleet: Fleet) -> None:
+        self._fetcher.rank = fleet.rank
+        self._fetcher.suspects = fleet.suspects
+        self._fetcher.relieved()
+        for job_id in fleet.cancelled:
+            job = self.executor.running.get(job_id)
+            if job is not None:
+                cancel_context(job, "cancel")
+
+    def _lost(self, rows: Sequence[JobRow]) -> None:
+        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun are dropped."""
+        log.warning("%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]])
+        tokens = {(row.id, row.token) for row in rows}
+        keep: list[JobRow] = []
+        for row in self._slots.take_back():
+            if (row.id, row.token) in tokens:
+                self._unfinished.pop(row.id, None)
+                self._fetcher.freed(row.queue)
+            else:
+                keep.append(row)
+        self._slots.put_back(keep)
+        for row in rows:
+            job = self.executor.running.get(row.id)
+            if job is not None and job.row.token == row.token:
+                cancel_context(job, "lease lost")
 
     def _give_back(self, rows: Sequence[JobRow]) -> None:
         for row in rows:
@@ -266,9 +326,8 @@ class _Incarnation:
 
     def start(self) -> None:
         atexit.register(_stop_at_exit, weakref.ref(self))
-        self._completing.start()
-        self._beating.start()
-        self._watching.start()
+        for loop in (self._completing, self._beating, self._maintaining, self._watching):
+            loop.start()
         if self._listener is not None:
             self._listener.start()
         until = time.monotonic() + READY_TIMEOUT
@@ -306,7 +365,7 @@ class _Incarnation:
         self._completing.join(0.8)
         if self.completer.backlog:
             log.error("%d results could not be written; their jobs run again when the lease of %s is over", self.completer.backlog, self.id)
-        for loop in (self._beating, self._watching):
+        for loop in (self._maintaining, self._beating, self._watching):
             loop.stop()
         if self._listener is not None:
             self._listener.stop()
@@ -335,10 +394,18 @@ def _stop_at_exit(reference: "weakref.ref[_Incarnation]") -> None:
         incarnation.stop(0.0)
 
 
-def _queue_of(payload: str) -> str | None:
-    """The queue that a notification names; None, which means any, if it is not to be understood."""
-    found = re.fullmatch(r'\{\s*"queue"\s*:\s*"([^"\\]*)"\s*\}', payload)
-    return found.group(1) if found else None
+def _notice(payload: str) -> dict[str, Any]:
+    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint."""
+    try:
+        notice = json.loads(payload)
+    except (ValueError, RecursionError):
+        return {}
+    return notice if isinstance(notice, dict) else {}
+
+
+def _sweep_every(lease: float) -> timedelta:
+    """5 s, or sooner where leases are shorter than the usual 30 s."""
+    return timedelta(seconds=min(5.0, lease / 6))
 
 
 def _check_queues(queues: Mapping[str, int]) -> None:

@@ -1,11 +1,13 @@
 """The door for DDL: `create_all` for those who do not use Alembic."""
 
-from sqlalchemy import Connection, Engine, func, select
+from typing import Any
+
+from sqlalchemy import Connection, Engine
 
 from sqla_river import ddl, store
-from sqla_river.errors import SchemaError
-from sqla_river.options import check_schema
-from sqla_river.tables import river_migration
+from sqla_river.errors import AsyncSessionError, InvalidOptionError, SchemaError, SessionError
+from sqla_river.options import MAX_SCHEMA, check_schema
+from sqla_river.statements import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_HAS_VERSIONS, SELECT_VERSIONS
 
 
 def create_all(bind: Engine | Connection, schema: str | None = None) -> int:
@@ -22,20 +24,30 @@ def create_all(bind: Engine | Connection, schema: str | None = None) -> int:
         The version found before: 0 where there was nothing, `ddl.LATEST` where nothing was to be done.
 
     Raises:
-        SchemaError: the tables belong to a newer version of the library.
+        SchemaError: the tables belong to a newer version of the library, or to a River older than its version 7.
         WrongDatabaseError: not PostgreSQL.
+        SessionError: *bind* is neither an Engine nor a Connection.
         InvalidOptionError: a schema that River's channels cannot carry.
     """
+    _check_bind(bind)
     if isinstance(bind, Engine):
-        with bind.begin() as connection:
+        # READ COMMITTED, whatever the engine's level: who waited for the lock has to see what the first has done.
+        with bind.execution_options(isolation_level="READ COMMITTED").begin() as connection:
             return create_all(connection, schema)
-    store.check_postgresql(bind.dialect.name, bind.dialect.driver)
     schema = check_schema(store.real_schema(bind, schema))
-    bind.execute(select(func.pg_advisory_xact_lock(ddl.LOCK_KEY)))
-    found = installed_version(bind, schema)
+    store.execute(bind, None, LOCK_SCHEMA, {"p_key": ddl.LOCK_KEY})
+    versions = installed_versions(bind, schema)
+    found = versions.get(ddl.LINE, 0)
     if found > ddl.LATEST:
         raise SchemaError(
-            f"the tables are of version {found}, this sqla_river knows up to {ddl.LATEST}; upgrade the library before it touches them"
+            f"the tables are of version {found}, this sqla_river knows up to {ddl.LATEST}; "
+            "upgrade the library before it touches them"
+        )
+    rivers = versions.get(ddl.RIVER_LINE, 0)
+    if 0 < rivers < ddl.RIVER_VERSIONS[-1]:
+        raise SchemaError(
+            f"River's tables are of its version {rivers}, sqla_river needs {ddl.RIVER_VERSIONS[-1]}; "
+            "run 'river migrate-up' first"
         )
     if schema is not None and not bind.dialect.has_schema(bind, schema):
         bind.exec_driver_sql(f"CREATE SCHEMA {ddl.qualifier(schema)[:-1]}")
@@ -44,10 +56,27 @@ def create_all(bind: Engine | Connection, schema: str | None = None) -> int:
     return found
 
 
+def _check_bind(bind: Any) -> None:
+    if not isinstance(bind, Engine | Connection):
+        if type(bind).__module__.startswith("sqlalchemy.ext.asyncio"):
+            raise AsyncSessionError(
+                f"create_all is for a plain Engine or Connection, got {type(bind).__name__}; "
+                "write 'await connection.run_sync(create_all)'"
+            )
+        raise SessionError(f"create_all needs an Engine or a Connection, got {type(bind).__name__}")
+    store.check_postgresql(bind.dialect.name, bind.dialect.driver)
+
+
 def installed_version(connection: Connection, schema: str | None) -> int:
-    """The version of our tables in *schema*; 0 where there are none."""
-    name = f"{ddl.qualifier(schema)}river_migration"
-    if connection.execute(select(func.to_regclass(name))).scalar_one() is None:
-        return 0
-    version = select(func.coalesce(func.max(river_migration.c.version), 0)).where(river_migration.c.line == ddl.LINE)
-    return int(store.execute(connection, schema, version).scalar_one())
+    """The version of our tables in *schema*; 0 where there are none. None is the search_path's first."""
+    return installed_versions(connection, schema).get(ddl.LINE, 0)
+
+
+def installed_versions(connection: Connection, schema: str | None) -> dict[str, int]:
+    """The version of each line of tables in *schema*; empty where there are none. None is the search_path's first."""
+    home = schema or store.execute(connection, None, SELECT_CURRENT_SCHEMA).scalar_one()
+    if home is not None and len(home.encode()) > MAX_SCHEMA:
+        raise InvalidOptionError("schema", f"schema must have at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {home!r}")
+    if not store.execute(connection, None, SELECT_HAS_VERSIONS, {"p_schema": home}).scalar_one():
+        return {}
+    return dict(store.execute(connection, schema, SELECT_VERSIONS).tuples().all())

@@ -46,6 +46,16 @@ def type_name(value: object) -> str:
     return "None" if value is None else shown(type(value).__name__)
 
 
+def key_name(key: object) -> str:
+    """A dict's key for an error's path, where it may not be text."""
+    if isinstance(key, str):
+        return key
+    try:
+        return shown(repr(key))
+    except Exception:  # noqa: BLE001 - an int of 5,000 digits, an object with a broken repr
+        return type_name(key)
+
+
 def is_list(value: object) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 

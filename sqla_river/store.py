@@ -44,12 +44,14 @@ def check_postgresql(dialect_name: str, driver: str) -> None:
 
 
 def transaction_now(connection: Connection) -> Any:
-    """The database's now(): the start of the transaction. One round trip, once per transaction."""
+    """The database's now(): the start of the transaction. One round trip, once per transaction; each time under AUTOCOMMIT."""
     root = connection.get_transaction()
     if root is None:
         connection.execute(select(1))  # SQLAlchemy begins with the first statement
         root = connection.get_transaction()
     assert isinstance(root, RootTransaction)
+    if getattr(connection.connection, "autocommit", False):  # what SQLAlchemy calls a transaction may last for days
+        return connection.execute(statements.SELECT_NOW).scalar_one()
     now = _now.get(root)
     if now is None:
         now = _now[root] = connection.execute(statements.SELECT_NOW).scalar_one()

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Enum,
     Index,
     Integer,
+    Interval,
     LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
@@ -56,7 +57,12 @@ class StateMask(TypeDecorator[frozenset[JobState]]):
 
 def state_type(schema: str | None) -> Enum:
     """A fresh type for each table: an Enum that is shared, or copied by a mixin, loses its schema."""
-    return Enum(JobState, name="river_job_state", schema=schema, values_callable=lambda states: [state.value for state in states])
+    return Enum(
+        JobState,
+        name="river_job_state",
+        schema=schema,
+        values_callable=lambda states: [state.value for state in states],
+    )
 
 
 def job_table(metadata: MetaData, schema: str | None = None) -> Table:
@@ -85,7 +91,9 @@ def job_table(metadata: MetaData, schema: str | None = None) -> Table:
         Column("attempted_by", ARRAY(Text)),
         Column("errors", ARRAY(JSONB(none_as_null=True))),
         Column("kind", Text, nullable=False),
-        Column("metadata", JSONB(none_as_null=True), key="metadata_", nullable=False, server_default=text("'{}'::jsonb")),
+        Column(
+            "metadata", JSONB(none_as_null=True), key="metadata_", nullable=False, server_default=text("'{}'::jsonb")
+        ),
         Column("queue", Text, nullable=False, server_default=text("'default'")),
         Column("tags", ARRAY(String(255)), nullable=False, server_default=text("'{}'::character varying[]")),
         Column("unique_key", LargeBinary),
@@ -146,7 +154,14 @@ river_runner: Final = Table(
     Column("queues", ARRAY(Text), nullable=False),
     Column("slots", ARRAY(Integer), nullable=False),
     Column("version", Text, nullable=False),
+    Column("lease", Interval, nullable=False),
+    Column("alone", BigInteger),
 )
+
+river_leader: Final = Table(
+    "river_leader", RIVER, Column("name", Text, primary_key=True), Column("expires_at", _moment, nullable=False)
+)
+"""River's; only looked at."""
 
 river_duty: Final = Table(
     "river_duty",

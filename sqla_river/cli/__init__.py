@@ -1,0 +1,35 @@
+"""The command line. `main` is the console script; the rest is imported inside it, where Ctrl-C is met with a word."""
+
+import sys
+
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
+
+
+def main() -> None:
+    """Run `sqla-river`."""
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _run() -> int:
+    try:
+        import click
+
+        from sqla_river.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in {"click", "rich"}:
+            raise
+        print(f"sqla-river needs {error.name}; run pip install 'sqla-river[cli]'", file=sys.stderr)
+        return 1
+    try:
+        code: int | None = app.main(prog_name="sqla-river", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # click's word for Ctrl-C
+        raise KeyboardInterrupt from None
+    return code or 0

@@ -1,0 +1,17 @@
+"""The commands, put together."""
+
+import click
+
+from sqla_river.cli.demo import demo
+from sqla_river.cli.tables import migrate, stats
+from sqla_river.cli.work import work
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="sqla-river")
+def app() -> None:
+    """River for SQLAlchemy: background jobs that commit with your data."""
+
+
+for _command in (demo, migrate, stats, work):
+    app.add_command(_command)

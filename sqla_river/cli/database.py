@@ -1,0 +1,89 @@
+"""What the commands share: options that name a database, and how its errors are told. No password is ever printed."""
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any, Final, TypeVar
+
+import click
+from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
+from sqlalchemy.exc import DBAPIError
+
+from sqla_river.errors import InvalidOptionError, RiverError
+from sqla_river.options import check_schema
+
+DRIVER: Final = "postgresql+psycopg"
+CONNECT_TIMEOUT: Final = 10
+"""Seconds; libpq's own is none."""
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def parse_url(_ctx: click.Context, _option: click.Parameter, value: str | None) -> URL | None:
+    """A URL as PostgreSQL, Heroku or SQLAlchemy write it, whatever its driver."""
+    if value is None:
+        return None
+    scheme, colon, rest = value.partition("://")
+    try:
+        url = make_url(f"postgresql://{rest}" if scheme == "postgres" else f"{scheme}{colon}{rest}")
+    except Exception:  # noqa: BLE001 - whatever it is, its text may quote the password
+        raise click.BadParameter("not a database URL; write postgresql://user:password@host:5432/database") from None
+    if url.get_backend_name() != "postgresql":
+        raise click.BadParameter(f"sqla_river needs postgresql://..., got '{url.get_backend_name()}'")
+    return url.set(drivername=DRIVER)
+
+
+def parse_schema(_ctx: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """A schema that River's channels can carry."""
+    try:
+        return check_schema(value)
+    except InvalidOptionError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def database_option(*, required: bool, meaning: str) -> Callable[[F], F]:
+    """`--database-url`, then SQLA_RIVER_DATABASE_URL, at last DATABASE_URL."""
+    return click.option(
+        "--database-url",
+        "url",
+        metavar="URL",
+        callback=parse_url,
+        envvar=["SQLA_RIVER_DATABASE_URL", "DATABASE_URL"],
+        show_envvar=True,
+        required=required,
+        help=meaning,
+    )
+
+
+def schema_option(command: F) -> F:
+    """`--schema`, then SQLA_RIVER_SCHEMA."""
+    return click.option(
+        "--schema",
+        metavar="NAME",
+        callback=parse_schema,
+        envvar="SQLA_RIVER_SCHEMA",
+        show_envvar=True,
+        help="Where the tables stand; the first schema of the search_path unless said.",
+    )(command)
+
+
+@contextlib.contextmanager
+def told() -> Generator[None, None, None]:
+    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1."""
+    try:
+        yield
+    except RiverError as error:
+        raise click.ClickException(str(error)) from error
+    except DBAPIError as error:
+        raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
+    except ModuleNotFoundError as error:
+        if error.name != "psycopg":
+            raise
+        raise click.ClickException("psycopg is missing; run pip install 'sqla-river[binary]'") from error
+    except ImportError as error:  # psycopg without libpq
+        if "psycopg" not in str(error) and "pq wrapper" not in str(error):
+            raise
+        raise click.ClickException("psycopg finds no libpq; run pip install 'sqla-river[binary]'") from error
+
+
+def engine_for(url: URL, **options: Any) -> Engine:
+    """An engine without a pool, for a command that ends soon."""
+    return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT, **options})

@@ -1,0 +1,90 @@
+"""`migrate` and `stats`."""
+
+import json
+from collections.abc import Iterable
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import URL, func, select
+
+from sqla_river import ddl
+from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.errors import SchemaError
+from sqla_river.schema import create_all, installed_version
+from sqla_river.states import JobState
+from sqla_river.stats import StateCount, count_states
+
+LIFE = (
+    JobState.PENDING,
+    JobState.SCHEDULED,
+    JobState.AVAILABLE,
+    JobState.RUNNING,
+    JobState.RETRYABLE,
+    JobState.COMPLETED,
+    JobState.CANCELLED,
+    JobState.DISCARDED,
+)
+"""The states in the order in which a job may pass through them."""
+
+
+@click.command()
+@database_option(required=True, meaning="The database to migrate.")
+@schema_option
+def migrate(url: URL, schema: str | None) -> None:
+    """Create the tables, or bring them to the version of this library.
+
+    Safe to run again, and from many places at once. Those who use Alembic do not need it.
+    """
+    with told(), engine_for(url).begin() as connection:
+        where = schema or connection.execute(select(func.current_schema())).scalar_one()
+        found = create_all(connection, schema)
+    if found == ddl.LATEST:
+        click.echo(f"schema '{where}': version {found} already, nothing to do")
+    elif found:
+        click.echo(f"schema '{where}': upgraded from version {found} to {ddl.LATEST}")
+    else:
+        click.echo(f"schema '{where}': created the tables, version {ddl.LATEST}")
+
+
+@click.command()
+@database_option(required=True, meaning="The database to look at.")
+@schema_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object of queues, each an object of states.")
+def stats(url: URL, schema: str | None, as_json: bool) -> None:
+    """Show how many jobs of each queue are in each state."""
+    with told(), engine_for(url).connect() as connection:
+        if not installed_version(connection, schema):
+            where = f"schema '{schema}'" if schema else "the search_path"
+            raise SchemaError(
+                f"the tables are missing in {where}; run 'sqla-river migrate', or name their schema with --schema"
+            )
+        counts = count_states(connection, schema)
+    if as_json:
+        click.echo(json.dumps(by_queue(counts)))
+    elif counts:
+        console = Console(highlight=False)
+        console.print(state_table(console, "queue", by_queue(counts)))
+    else:
+        click.echo("no jobs")
+
+
+def by_queue(counts: Iterable[StateCount]) -> dict[str, dict[str, int]]:
+    """Each queue's states and their jobs."""
+    queues: dict[str, dict[str, int]] = {}
+    for count in counts:
+        queues.setdefault(count.queue, {})[count.state] = count.jobs
+    return queues
+
+
+def state_table(console: Console, what: str, rows: dict[str, dict[str, int]]) -> Table:
+    """One line per row, one column per state that occurs; plain ASCII in a pipe."""
+    states = [state for state in LIFE if any(state in row for row in rows.values())]
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
+    table.add_column(what)
+    for state in states:
+        table.add_column(state.value, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[state]:,}" if state in row else "" for state in states))
+    return table

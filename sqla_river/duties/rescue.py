@@ -1,0 +1,73 @@
+"""Rescue: free the jobs of runners whose lease has run out; and give suspects a runner of their own."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from sqla_river.statements import DELETE_CLEARED, INSERT_LOST_RUNNERS, POSTPONE_DUTY, RESCUE_STUCK
+from sqla_river.store import OwnConnection
+
+log: Final = logging.getLogger(__name__)
+
+BATCH: Final = 1_000
+ISOLATION: Final = "isolate"
+
+
+class Rescue:
+    """Jobs whose owner's lease has run out become available at once, whatever their kind and attempt.
+
+    Args:
+        entitled: whether this runner has kept its own heartbeat for a whole lease: after an outage of the database nobody may
+            take everybody else for dead.
+        rescued: told of what was freed: id, queue, kind, state, suspect.
+    """
+
+    name = "rescue"
+    every = timedelta(seconds=5)
+
+    def __init__(
+        self, entitled: Callable[[], bool], rescued: Callable[[Sequence[Any]], None], every: timedelta | None = None
+    ) -> None:
+        self.entitled = entitled
+        self._rescued = rescued
+        self.every = every if every is not None else self.every
+
+    def do(self, own: OwnConnection) -> bool:
+        own.execute(INSERT_LOST_RUNNERS)
+        freed = own.execute(RESCUE_STUCK, {"p_schema": own.schema}).all()
+        if freed:
+            log.warning(
+                "freed %d jobs of runners whose lease ran out: %s",
+                len(freed),
+                dict(Counter(row.state for row in freed)),
+            )
+            if any(row.suspect for row in freed):
+                own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})
+            self._rescued(freed)
+        own.execute(DELETE_CLEARED)
+        return len(freed) == BATCH
+
+
+class Isolate:
+    """One runner of the fleet at a time lets its slots run empty and runs one suspect alone.
+
+    Args:
+        suspects: whether there are any, as far as this runner knows.
+        begin: asks the fetcher to do it; False if it has no suspect to run.
+    """
+
+    name = ISOLATION
+    every = timedelta(seconds=5)
+    turn = timedelta(seconds=100)
+    """For which no other runner takes its turn: 30 s to run empty, 60 s alone, and some to spare."""
+
+    def __init__(self, suspects: Callable[[], bool], begin: Callable[[OwnConnection], bool]) -> None:
+        self.entitled = suspects
+        self._begin = begin
+
+    def do(self, own: OwnConnection) -> bool:
+        if self._begin(own):
+            own.execute(POSTPONE_DUTY, {"p_name": self.name, "p_after": self.turn})
+        return False

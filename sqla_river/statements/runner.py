@@ -1,0 +1,92 @@
+"""The rows of runners and queues."""
+
+from typing import Final
+
+from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, literal_column, select, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+
+from sqla_river.statements.words import (
+    CANCEL_ASKED,
+    CTID,
+    LAST_TOKEN,
+    NOW,
+    RUNNING,
+    STATE_TEXT,
+    SUSPICIOUS,
+    array_of,
+    job,
+    w,
+)
+from sqla_river.tables import river_leader, river_queue, river_runner, river_suspect
+
+_id: Final = bindparam("p_id", type_=Text)
+_mine: Final = func.starts_with(LAST_TOKEN, _id + literal_column("'/'"))
+_values: Final = {
+    "id": _id,
+    "queues": array_of("p_queues", Text),
+    "slots": array_of("p_slots", Integer),
+    "version": bindparam("p_version", type_=Text),
+    "lease": bindparam("p_lease", type_=Interval),
+}
+
+# Caller: heartbeat.py, every 5 s. One row of its own; started_at stays.
+UPSERT_RUNNER: Final = (
+    pg_insert(river_runner)
+    .values(**_values)
+    .on_conflict_do_update(
+        index_elements=["id"],
+        set_={"heartbeat_at": NOW, **{name: _values[name] for name in ("queues", "slots", "lease")}},
+    )
+)
+
+# Caller: heartbeat.py, after a clean stop. Kept while a running job names the runner: its lease is what frees that job.
+DELETE_RUNNER: Final = delete(river_runner).where(
+    river_runner.c.id == _id, ~select(job.c.id).where(job.c.state == RUNNING, _mine).exists()
+)
+
+_names: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("name", Text)).render_derived(name="names")
+
+# Caller: heartbeat.py, at start and every 10 min: River's clients hide or delete a queue that nobody touched for 24 h. In name order.
+UPSERT_QUEUES: Final = (
+    pg_insert(river_queue)
+    .from_select(["name"], select(_names.c.name).order_by(_names.c.name), include_defaults=False)
+    .on_conflict_do_update(index_elements=["name"], set_={"updated_at": NOW})
+)
+
+# Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its running jobs
+# somebody asked to cancel (for runners that do not LISTEN). Index: river_job_running_idx.
+SELECT_FLEET: Final = select(
+    select(func.count())
+    .select_from(river_runner)
+    .where(river_runner.c.heartbeat_at > NOW - river_runner.c.lease, river_runner.c.id < _id)
+    .scalar_subquery()
+    .label("rank"),
+    select(river_suspect.c.job_id).where(river_suspect.c.deaths >= SUSPICIOUS).exists().label("suspects"),
+    func.array(select(job.c.id).where(job.c.state == RUNNING, CANCEL_ASKED, _mine).scalar_subquery()).label(
+        "cancelled"
+    ),
+)
+
+# Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index: river_job_running_idx.
+SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, LAST_TOKEN == func.any(array_of("p_tokens", Text)))
+
+_long: Final = (
+    select(literal_column("w.ctid"))
+    .select_from(w)
+    .where(
+        w.c.state == RUNNING,
+        func.starts_with(literal_column("w.attempted_by[cardinality(w.attempted_by)]"), _id + literal_column("'/'")),
+        w.c.attempted_at < NOW - literal_column("interval '30 minutes'"),
+        select(literal_column("1")).select_from(river_leader).where(river_leader.c.expires_at > NOW).exists(),
+    )
+    .order_by(w.c.id)
+    .with_for_update(skip_locked=True, of=w)
+)
+
+# Caller: heartbeat.py, every ten minutes. River's rescuer goes by attempted_at alone and would discard a kind that it does not know after an
+# hour: while a Go client leads, the time of long jobs is kept fresh. Index: river_job_running_idx. Locks: in id order, none waited for.
+REFRESH_LONG: Final = (
+    update(job)
+    .where(CTID == func.any(func.array(_long.scalar_subquery())), STATE_TEXT == RUNNING)
+    .values(attempted_at=NOW)
+)
