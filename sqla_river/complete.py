@@ -6,15 +6,18 @@ load (group commit): while one is being written, the next gathers.
 
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
+from sqla_river.failure import storable
+from sqla_river.policy import RIVER_POLICY
 from sqla_river.rows import Result
-from sqla_river.states import JobState, Transition, completed
+from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.statements import COMPLETE_JOBS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.store import OwnConnection
 
@@ -25,6 +28,8 @@ LARGEST_BACKLOG: Final = 10_000
 """Results not yet written, beyond which nothing more is fetched; River's number."""
 _FIRST_RETRY: Final = 0.05
 _LONGEST_RETRY: Final = 5.0
+_GIVE_UP: Final = 0.4
+"""After this pause, the fourth, an outcome that is refused is replaced by a plain failure: the job must not stay running."""
 _JUST_COMPLETED: Final = completed()
 
 
@@ -95,17 +100,16 @@ class Completer:
         soonest = min((again.at for again in self._again), default=None)
         return 3_600.0 if soonest is None else max(soonest - time.monotonic(), 0.0)
 
-    def flush(self, deadline: float) -> int:
-        """Write everything, until *deadline* (monotonic); how many results are left. Errors are tried again."""
-        while self.backlog and time.monotonic() < deadline:
+    def flush(self, until: Callable[[], float]) -> None:
+        """Write everything, or as much as can be written *until* that time (monotonic). Errors are tried again."""
+        while self.backlog and time.monotonic() < until():
             try:
                 self.step()
-                self._retry(float("inf"))
+                self._retry(math.inf)
             except Exception as error:  # noqa: BLE001 - the database may be on its way back
                 log.warning("could not write %d results yet: %s", self.backlog, str(error).partition("\n")[0])
             if self.backlog:
-                time.sleep(min(_FIRST_RETRY, max(deadline - time.monotonic(), 0)))
-        return self.backlog
+                time.sleep(max(0.0, min(_FIRST_RETRY, until() - time.monotonic())))
 
     def close(self) -> None:
         """Close the connection. Called in the completer's thread."""
@@ -146,19 +150,30 @@ class Completer:
     ) -> list[tuple[Result, JobState]]:
         try:
             done = write(batch)
-        except DBAPIError as error:
-            if not _refused(error):
+        except Exception as error:
+            if _away(error):
                 raise
             if len(batch) > 1:  # one of them is bad: halve until it stands alone
                 middle = len(batch) // 2
                 return self._write_batch(batch[:middle], write, pause) + self._write_batch(batch[middle:], write, pause)
-            log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", batch[0].job.id, pause, str(error).partition("\n")[0])  # noqa: TRY400
-            self._again.append(Again(time.monotonic() + pause, pause, batch))
+            self._refused(batch[0], error, pause)
             return []
         missing = [result for result in batch if result.job.id not in done]
         if missing:
             done |= self._look_after(missing, pause)
         return [(result, done[result.job.id]) for result in batch if result.job.id in done]
+
+    def _refused(self, result: Result, error: Exception, pause: float) -> None:
+        """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
+        said = str(error).partition("\n")[0][:500]
+        log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", result.job.id, pause, said)
+        if pause >= _GIVE_UP:
+            job = result.job
+            error_ = AttemptError(job.attempt, storable(f"its outcome could not be stored: {said}", 1_000))
+            last = job.attempt >= job.max_attempts
+            transition = discarded(error_) if last else errored(error_, RIVER_POLICY.delay(job.attempt))
+            result = result._replace(transition=transition)
+        self._again.append(Again(time.monotonic() + pause, pause, [result]))
 
     def _look_after(self, missing: list[Result], pause: float) -> dict[int, JobState]:
         """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no longer ours."""
@@ -196,7 +211,7 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
         "p_backs": [transition.attempt_back for transition in transitions],
         "p_delays": [transition.delay for transition in transitions],
         "p_errors": [_error_json(transition) for transition in transitions],
-        "p_metadata": [json.dumps(dict(transition.metadata), allow_nan=False) if transition.metadata else None for transition in transitions],
+        "p_metadata": [transition.metadata for transition in transitions],
         "p_snoozed": [int(transition.snoozed) for transition in transitions],
     }
 
@@ -214,9 +229,16 @@ def _tokens(results: Sequence[Result]) -> list[str]:
     return [result.job.token for result in results]
 
 
-def _refused(error: DBAPIError) -> bool:
-    """Whether PostgreSQL refused the data (class 22, 23 or 42, or a driver that cannot adapt it), rather than being away or busy."""
-    if error.connection_invalidated:
+_AWAY: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "F0", "XX"})
+
+
+def _away(error: Exception) -> bool:
+    """Whether the database is away or busy (connection, transaction state, rollback, resources, locks, operators, system), so that the
+    same statement may do later; anything else is about what was sent, or a trigger of the user's that refuses it.
+    """
+    if not isinstance(error, DBAPIError):
         return False
-    code = getattr(error.orig, "sqlstate", None)
-    return code is None or code[:2] in ("22", "23", "42")
+    if error.connection_invalidated or isinstance(error, OperationalError):
+        code = getattr(error.orig, "sqlstate", None)
+        return code is None or code[:2] in _AWAY
+    return (getattr(error.orig, "sqlstate", None) or "")[:2] in _AWAY

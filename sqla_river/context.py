@@ -8,7 +8,7 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from sqla_river.errors import InvalidOptionError
-from sqla_river.options import check_json
+from sqla_river.options import check_json, json_text
 from sqla_river.rows import JobRow
 
 A_co = TypeVar("A_co", covariant=True)
@@ -25,29 +25,39 @@ class Cancelled(threading.Event):
 
 
 class Metadata(MutableMapping[str, Any]):
-    """The job's metadata: reads what is stored, and keeps what is assigned; it is stored with the outcome, whatever that is."""
+    """The job's metadata: reads what is stored, and keeps what is assigned; it is stored with the outcome, whatever that is.
+
+    A value is encoded when it is assigned: changing it afterwards changes nothing.
+    """
 
     def __init__(self, stored: dict[str, Any]) -> None:
         self._stored = stored
-        self.changes: dict[str, Any] = {}
+        self._changes: dict[str, str] = {}
 
     def __getitem__(self, key: str) -> Any:
-        return self.changes[key] if key in self.changes else self._stored[key]
+        return json.loads(self._changes[key]) if key in self._changes else self._stored[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key.startswith("river:"):
             raise InvalidOptionError("metadata", f"metadata keys that start with 'river:' are River's own, got {key!r}; take another")
-        check_json("metadata", {key: value})
-        self.changes[key] = value
+        check_json("metadata", key)
+        self._changes[key] = json_text("metadata", value)
 
     def __delitem__(self, key: str) -> None:
         raise InvalidOptionError("metadata", f"metadata is merged, a key cannot be taken out; assign None to {key!r}")
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**self._stored, **self.changes})
+        return iter({**self._stored, **self._changes})
 
     def __len__(self) -> int:
-        return len({**self._stored, **self.changes})
+        return len({**self._stored, **self._changes})
+
+    @property
+    def staged(self) -> str | None:
+        """What was assigned, as the JSON text of an object; None if nothing was."""
+        if not self._changes:
+            return None
+        return "{" + ",".join(f"{json.dumps(key)}:{text}" for key, text in self._changes.items()) + "}"
 
 
 class JobContext(Generic[A_co]):
@@ -145,6 +155,6 @@ def cancel_reason(job: JobContext[Any]) -> CancelReason | None:
     return job._reason
 
 
-def staged_metadata(job: JobContext[Any]) -> dict[str, Any] | None:
-    """What the handler assigned to the metadata, if anything."""
-    return job._metadata.changes if job._metadata is not None and job._metadata.changes else None
+def staged_metadata(job: JobContext[Any]) -> str | None:
+    """What the handler assigned to the metadata, as JSON text, if anything."""
+    return job._metadata.staged if job._metadata is not None else None

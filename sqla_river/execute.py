@@ -108,12 +108,12 @@ class Executor:
                 job.error = error
                 delay = retry(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
-        except Exception:
-            log.exception("the retry policy of kind %r failed; River's is used", row.kind)
+        except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
+            log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, failure.message_of(second))
             return RIVER_POLICY.delay(row.attempt)
 
 
-def _wished(attempt: int, outcome: object, metadata: dict[str, Any] | None) -> Transition:
+def _wished(attempt: int, outcome: object, metadata: str | None) -> Transition:
     """The row change for what a handler returned or raised as its wish."""
     if isinstance(outcome, Snooze):
         return states.snoozed(outcome.delay, metadata)

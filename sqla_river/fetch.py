@@ -3,10 +3,12 @@
 One thread per runner, on a connection of its own. It decodes nothing.
 """
 
+import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import Executable
@@ -20,6 +22,7 @@ from sqla_river.statements import (
     FETCH_AVAILABLE,
     FETCH_SUSPECT,
     FETCH_UNSUSPECTED,
+    POSTPONE_DUTY,
     SCHEDULE_DUE,
     SELECT_LOST,
     SELECT_NEXT_DUE,
@@ -42,6 +45,8 @@ STAGGER: Final = 0.005
 """Seconds by which each further runner of a fleet looks later at what is due: fifty of them need not all fire for one job."""
 RUN_EMPTY_WITHIN: Final = 30.0
 """Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect."""
+ISOLATION: Final = "isolate"
+"""The duty of giving suspects a runner of their own: one runner of the fleet at a time."""
 ALONE_FOR: Final = 60.0
 """Seconds after which a job that ran alone is no longer suspected of the death of its runner."""
 
@@ -84,6 +89,7 @@ class Fetcher:
         self._hears = hears
         self._wake = wake
         self._freed: deque[str] = deque()
+        self._asked: deque[float] = deque()
         self._number = 0
         self._lost: dict[str, float] = {}
         # What the next step has to do, and when (monotonic).
@@ -98,8 +104,9 @@ class Fetcher:
         self._looked_at = 0.0
         self._look = True
         self._starved = False
+        self._alone = False
         self._alone_until = 0.0
-        self._alone: bool | None = None  # None: no; False: slots run empty; True: a suspect runs alone
+        self._turn_until = 0.0
         self.rank = 0
         self.suspects = False
 
@@ -118,7 +125,7 @@ class Fetcher:
     def freed(self, queue: str) -> None:
         """A slot of *queue* is free. Constant time, no lock."""
         self._freed.append(queue)
-        if queue in self._hungry:
+        if self._starved or queue in self._hungry:
             self._wake()
 
     def relieved(self) -> None:
@@ -129,19 +136,20 @@ class Fetcher:
     def due_in(self, seconds: float) -> None:
         """A job of this runner is due in *seconds*: a retry or a snooze."""
         at = time.monotonic() + seconds
+        self._asked.append(at)
         if at < self._due_at:
-            self._due_at = at
             self._wake()
 
     def begin_alone(self, own: OwnConnection) -> bool:
-        """Let the slots run empty and run a suspect alone; False if there is none for this runner. *own* is the caller's connection."""
+        """Let the slots run empty and run suspects alone, one by one; False if there is none for this runner. *own* is the caller's connection."""
         if (
-            self._alone is not None
+            self._alone
             or not own.execute(COUNT_SUSPECTS, {"p_queues": list(self._slots), "p_kinds": self._kinds()}).scalar()
         ):
             return False
         self._alone_until = time.monotonic() + RUN_EMPTY_WITHIN
-        self._alone = False
+        self._turn_until = self._alone_until + RUN_EMPTY_WITHIN
+        self._alone = True
         self._wake()
         return True
 
@@ -157,9 +165,10 @@ class Fetcher:
         if polling:
             self._hungry = set(self._slots)
         self._look = self._look or polling or bool(woken)
+        self._due_at = min(self._due_at, self._asked_due())
         if now >= self._due_at and now - self._looked_at >= SCHEDULE_EVERY:
             self._schedule()
-        if self._alone is not None:
+        if self._alone:
             return self._step_alone()
         free = self._free()
         fetched = 0
@@ -170,7 +179,7 @@ class Fetcher:
             self._read_next_due(unbounded=polling)
         if polling or fetched:
             self._plan_poll(idle=not fetched)
-        return self._pause(bool(free))
+        return self._pause()
 
     def _free(self) -> dict[str, int]:
         """The free slots of the queues that may have work."""
@@ -218,21 +227,20 @@ class Fetcher:
         return rows
 
     def _step_alone(self) -> float:
-        """One look at the suspect's turn: slots run empty, it runs alone, and after it, or a minute, the slots fill again."""
+        """One look at the suspects' turn: the slots run empty, one after the other runs alone, and the slots fill again."""
         self._count_freed()
         now = time.monotonic()
         self._starved = True
-        if self._alone is False and not any(self._busy.values()):
+        if any(self._busy.values()):
+            over = now >= self._alone_until
+        else:
             asked = {"p_queues": list(self._slots), "p_kinds": self._kinds(), "p_id": self._runner_id}
-            if self._ready() and self._execute_fetch(FETCH_SUSPECT, asked):
-                self._alone, self._alone_until = True, now + ALONE_FOR
-            else:
-                self._alone = None
-        elif now >= self._alone_until or (self._alone and not any(self._busy.values())):
-            if self._alone:
-                self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
-            self._alone = None
-        if self._alone is None:
+            over = now >= self._turn_until or not self._ready() or not self._execute_fetch(FETCH_SUSPECT, asked)
+            self._alone_until = now + ALONE_FOR
+        if over:
+            self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
+            self._own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})
+            self._alone = False
             self._hungry = set(self._slots)
             return 0.0
         return max(0.0, min(self._alone_until - now, self._poll, max(self._due_at - now, SCHEDULE_EVERY)))
@@ -280,22 +288,28 @@ class Fetcher:
         if since is None:
             self._bounded = now - began > WASTEFUL
         if row is None:
-            self._due_at = float("inf")
+            self._due_at = self._asked_due()
         else:
             seconds, self._due_since = row
-            self._due_at = now + max(seconds, 0.0) + self.rank * STAGGER
+            self._due_at = min(now + max(seconds, 0.0) + self.rank * STAGGER, self._asked_due())
+
+    def _asked_due(self) -> float:
+        """The soonest time that `due_in` named since the last look."""
+        soonest = math.inf
+        while self._asked:
+            soonest = min(soonest, self._asked.popleft())
+        return soonest
 
     def _plan_poll(self, *, idle: bool) -> None:
         self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
         pause = self._poll * (self._idle if idle else 1)
         self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
 
-    def _pause(self, free: bool) -> float:
+    def _pause(self) -> float:
         now = time.monotonic()
         if self._hungry:
-            if not self._ready():
-                self._starved = True
-            elif free and self._free_now():
+            self._starved = True  # before the look: who relieves it after this wakes it
+            if self._ready() and self._free_now():
                 return 0.0
         wait = [self._poll_at - now, max(self._due_at, self._looked_at + SCHEDULE_EVERY) - now]
         if self._look:

@@ -1,12 +1,12 @@
 """Wake-up, the receiving side: one connection per runner that LISTENs. A notification is a hint; state is always read again."""
 
 import logging
-import select as sockets
+import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from psycopg import sql
 from sqlalchemy import Engine, func, select
@@ -66,20 +66,21 @@ class Listener:
     def _listen(self, backoff: Backoff) -> None:
         connection = self._own.get()
         schema = self._own.schema or connection.execute(select(func.current_schema())).scalar_one()
-        raw: Any = connection.connection.dbapi_connection
-        assert raw is not None
+        raw = self._own.raw
         channels = {f"{schema}.{topic}": topic for topic in self._topics}
         for channel in channels:
             raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
         self.ready.set()
-        backoff.worked()
         self._heard(None, "")
-        while not self._stopping.is_set():
-            readable, _, _ = sockets.select([raw.fileno(), self._wake_read], [], [], PING)
-            self.moved = time.monotonic()
-            if not readable:
-                raw.execute("SELECT 1")
-            for notification in raw.notifies(timeout=0):
-                topic = channels.get(notification.channel)
-                if topic is not None:
-                    self._heard(topic, notification.payload)
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(raw.fileno(), selectors.EVENT_READ)
+            waiting.register(self._wake_read, selectors.EVENT_READ)
+            while not self._stopping.is_set():
+                if not waiting.select(PING):
+                    raw.execute("SELECT 1")
+                for notification in raw.notifies(timeout=0):
+                    topic = channels.get(notification.channel)
+                    if topic is not None:
+                        self._heard(topic, notification.payload)
+                self.moved = time.monotonic()
+                backoff.worked()

@@ -1,5 +1,6 @@
 """How a job is put in: options, their rules, and which of them wins."""
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -157,6 +158,19 @@ def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> A
     raise InvalidOptionError(
         option, f"{option} holds a {type(value).__name__} {where}; JSON knows only plain values"
     )
+
+
+def json_text(option: str, value: object) -> str:
+    """*value* as JSON text that jsonb takes.
+
+    Raises:
+        InvalidOptionError: it holds what JSON or jsonb does not know.
+    """
+    check_json(option, value)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidOptionError(option, f"{option} cannot be written as JSON: {error}") from None
 
 
 def _metadata(value: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -45,6 +45,8 @@ log: Final = logging.getLogger(__name__)
 MAX_SLOTS: Final = 10_000
 INTERRUPT_TIMEOUT: Final = 5.0
 """Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
+FLUSH_TIMEOUT: Final = 0.7
+"""Seconds for the last results, beyond what is left of the stop's own time."""
 READY_TIMEOUT: Final = 10.0
 """Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
 
@@ -171,7 +173,7 @@ class Runner:
         asked = threading.Event()
 
         def on_signal(_signal: int, _frame: FrameType | None) -> None:
-            if asked.is_set() and self._incarnation is not None:
+            if self._incarnation is not None and (asked.is_set() or not self._incarnation.started):
                 self._incarnation.hurry()
             asked.set()
 
@@ -198,19 +200,22 @@ class _Incarnation:
     def __init__(self, runner: Runner) -> None:
         self.id = new_runner_id()
         self.pid = os.getpid()
+        self.started = False
         self.stopping = False
         self._hurry = 0
         self._changed = threading.Event()
         schema = runner.river.job_class.__table__.schema
         slots = runner.queues
 
-        def own(role: str) -> OwnConnection:
-            return OwnConnection(runner.engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off"})
+        engine = store.twin(runner.engine)
+
+        def own(role: str, **settings: str) -> OwnConnection:
+            return OwnConnection(engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off", **settings})
 
         self._unfinished: dict[int, JobRow] = {}
         self._flush_by = math.inf
         fetch, complete, heartbeat = own("fetch"), own("complete"), own("heartbeat")
-        duties = OwnConnection(runner.engine, schema, f"sqla_river:duties:{self.id}", {"statement_timeout": turns.STATEMENT_TIMEOUT})
+        duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
         self._watch = Watch(wake=lambda: self._watching.wake())
         self.executor = Executor(runner.workers, runner.river.settings.codec, retry=runner._retry, timeout=runner._timeout, watch=self._watch.add)
         self._slots = Slots(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
@@ -218,7 +223,7 @@ class _Incarnation:
             complete, wake=lambda: self._completing.wake(), written=self._written, relieved=lambda: self._fetcher.relieved()
         )
         self._listener = (
-            Listener(runner._listen_engine, schema, f"sqla_river:listen:{self.id}", ("river_insert",), self._heard)
+            Listener(store.twin(runner._listen_engine), schema, f"sqla_river:listen:{self.id}", ("river_insert",), self._heard)
             if runner._listen_engine is not None
             else None
         )
@@ -268,9 +273,10 @@ class _Incarnation:
             self._slots.deliver(rows)
 
     def _finished(self, result: Result) -> None:
-        # Before the result can be written: from then on the same job may be fetched again.
-        self._unfinished.pop(result.job.id, None)
+        # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
         self.completer.put(result)
+        if self._unfinished.get(result.job.id) is result.job:
+            del self._unfinished[result.job.id]
         self._fetcher.freed(result.job.queue)
         if self.stopping:
             self._changed.set()
@@ -315,11 +321,11 @@ class _Incarnation:
 
     def _give_back(self, rows: Sequence[JobRow]) -> None:
         for row in rows:
-            self._unfinished.pop(row.id, None)
             self.completer.put(Result(row, states.interrupted()))
+            self._unfinished.pop(row.id, None)
 
     def _flush(self) -> None:
-        self.completer.flush(self._flush_by)
+        self.completer.flush(lambda: self._flush_by)
         self.completer.close()
 
     # ---- life ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +339,7 @@ class _Incarnation:
         until = time.monotonic() + READY_TIMEOUT
         while not self._ready() and time.monotonic() < until and not self._hurry:
             time.sleep(0.005)
+        self.started = True
         self._fetching.start()
         log.info("runner %s works queues %s", self.id, ", ".join(f"{name}={size}" for name, size in self._heart.slots.items()))
 
@@ -352,7 +359,7 @@ class _Incarnation:
         atexit.unregister(_stop_at_exit)
         self._fetching.stop()
         self._give_back(self._slots.take_back())
-        if not self._finish_by(began + soft, hurried=1):
+        if not self._finish_by(began + soft, hurried=1) and self._unfinished:
             log.warning("%d jobs still run after %.1f s and are interrupted", len(self._unfinished), time.monotonic() - began)
             interrupt(self.executor.running, "stop")
             if not self._finish_by(time.monotonic() + INTERRUPT_TIMEOUT, hurried=2):
@@ -360,9 +367,15 @@ class _Incarnation:
                 log.error("%d jobs ignore the stop and are left behind: %s", len(left), [(row.id, row.kind) for row in left[:20]])
                 self._give_back(left)
         self._slots.stop()
-        self._flush_by = time.monotonic() + 0.7
+        hurried = self._hurry
+        self._flush_by = max(began + soft, time.monotonic()) + FLUSH_TIMEOUT
         self._completing.stop()
-        self._completing.join(0.8)
+        while self._completing.alive and time.monotonic() < self._flush_by:
+            self._completing.join(0.05)
+            if self._hurry > hurried:
+                self._flush_by = min(self._flush_by, time.monotonic() + FLUSH_TIMEOUT)
+                hurried = self._hurry + 1
+        self._completing.join(0.1)
         if self.completer.backlog:
             log.error("%d results could not be written; their jobs run again when the lease of %s is over", self.completer.backlog, self.id)
         for loop in (self._maintaining, self._beating, self._watching):

@@ -1,20 +1,43 @@
-"""The door for DDL: `create_all` for those who do not use Alembic."""
+"""The door for DDL: `create_all` and `migrate`, for those who do not use Alembic."""
 
-from typing import Any
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
 from sqla_river.errors import AsyncSessionError, InvalidOptionError, SchemaError, SessionError
 from sqla_river.options import MAX_SCHEMA, check_schema
-from sqla_river.statements import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_HAS_VERSIONS, SELECT_VERSIONS
+
+log: Final = logging.getLogger(__name__)
+
+TURN: Final = 0.05
+"""Seconds between two looks at the lock."""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """What `migrate` found, and what it did."""
+
+    schema: str | None
+    found: int
+    """The version before; 0 where there was nothing."""
+    version: int
+    statements: tuple[str, ...]
+    """What was run; empty where nothing was to be done."""
 
 
 def create_all(bind: Engine | Connection, schema: str | None = None) -> int:
     """Create the tables, or bring them to this library's version; safe to call again, and from many processes at once.
 
-    On an Engine it commits; on a Connection it is part of the caller's transaction. Whoever comes second waits for the first
-    (an advisory lock of the transaction). Async: ``await connection.run_sync(create_all)``.
+    On an Engine it commits, and does what `migrate` does. On a Connection it is part of the caller's transaction: an
+    index that a big table lacks is then built under a lock that keeps writers out. Whoever comes second waits for the
+    first (an advisory lock). Async: ``await connection.run_sync(create_all)``.
 
     Args:
         bind: an Engine or Connection of PostgreSQL.
@@ -24,36 +47,69 @@ def create_all(bind: Engine | Connection, schema: str | None = None) -> int:
         The version found before: 0 where there was nothing, `ddl.LATEST` where nothing was to be done.
 
     Raises:
-        SchemaError: the tables belong to a newer version of the library, or to a River older than its version 7.
+        SchemaError: the tables belong to a newer version of the library, or to a River older than its version 5.
         WrongDatabaseError: not PostgreSQL.
         SessionError: *bind* is neither an Engine nor a Connection.
         InvalidOptionError: a schema that River's channels cannot carry.
     """
     _check_bind(bind)
     if isinstance(bind, Engine):
-        # READ COMMITTED, whatever the engine's level: who waited for the lock has to see what the first has done.
-        with bind.execution_options(isolation_level="READ COMMITTED").begin() as connection:
-            return create_all(connection, schema)
+        return migrate(bind, schema).found
     schema = check_schema(store.real_schema(bind, schema))
-    store.execute(bind, None, LOCK_SCHEMA, {"p_key": ddl.LOCK_KEY})
-    versions = installed_versions(bind, schema)
-    found = versions.get(ddl.LINE, 0)
-    if found > ddl.LATEST:
+    _wait(bind, ddl.TRY_LOCK)
+    found = _looked(bind, schema)
+    plan = ddl.plan_upgrade(found, big=False)
+    if plan.before:
         raise SchemaError(
-            f"the tables are of version {found}, this sqla_river knows up to {ddl.LATEST}; "
-            "upgrade the library before it touches them"
+            "this upgrade adds a value to an enum, which has to be committed before it is used; "
+            "give create_all the Engine instead of a Connection"
         )
-    rivers = versions.get(ddl.RIVER_LINE, 0)
-    if 0 < rivers < ddl.RIVER_VERSIONS[-1]:
-        raise SchemaError(
-            f"River's tables are of its version {rivers}, sqla_river needs {ddl.RIVER_VERSIONS[-1]}; "
-            "run 'river migrate-up' first"
-        )
-    if schema is not None and not bind.dialect.has_schema(bind, schema):
-        bind.exec_driver_sql(f"CREATE SCHEMA {ddl.qualifier(schema)[:-1]}")
-    for statement in ddl.upgrade(schema, since=found):
-        bind.exec_driver_sql(statement)
-    return found
+    _run(bind, plan.inside)
+    return found.version
+
+
+def migrate(engine: Engine, schema: str | None = None) -> Migration:
+    """Bring the tables to this library's version, and repair what is missing or wrong with their indexes.
+
+    Runners may work meanwhile. On a table of over 100,000 rows indexes are built concurrently, and nothing waits for a
+    lock that others wait behind. Killed half-way it can be run again. Commits.
+
+    Raises:
+        SchemaError: as `create_all`; or a transaction kept its lock on the table for over a minute.
+    """
+    _check_bind(engine)
+    # READ COMMITTED, whatever the engine's level: who waited for the lock has to see what the first has done.
+    engine = engine.execution_options(isolation_level="READ COMMITTED")
+    with engine.connect() as connection:
+        schema = check_schema(store.real_schema(connection, schema))
+        with connection.begin():
+            _wait(connection, ddl.TRY_LOCK)
+            found = _looked(connection, schema)
+            plan = _planned(connection, found)
+            if not plan.before:
+                _run(connection, plan.inside)
+                return Migration(found.schema, found.version, ddl.LATEST, plan.inside)
+        with _locked(connection):
+            before = _planned(connection, _looked(connection, schema)).before
+            connection.rollback()
+            autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
+            _run(autocommit, before)
+            autocommit.rollback()
+            connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                inside = ddl.plan_upgrade(_looked(connection, schema), big=True).inside
+                _run(connection, inside)
+        return Migration(found.schema, found.version, ddl.LATEST, (*before, *inside))
+
+
+def look(connection: Connection, schema: str | None) -> ddl.Look:
+    """What the catalog says of our tables in *schema*; None is the search_path's first. Two round trips."""
+    return ddl.look(_asking(connection), schema)
+
+
+def installed_version(connection: Connection, schema: str | None) -> int:
+    """The version of our tables in *schema*; 0 where there are none. None is the search_path's first."""
+    return look(connection, store.real_schema(connection, schema)).version
 
 
 def _check_bind(bind: Any) -> None:
@@ -67,16 +123,67 @@ def _check_bind(bind: Any) -> None:
     store.check_postgresql(bind.dialect.name, bind.dialect.driver)
 
 
-def installed_version(connection: Connection, schema: str | None) -> int:
-    """The version of our tables in *schema*; 0 where there are none. None is the search_path's first."""
-    return installed_versions(connection, schema).get(ddl.LINE, 0)
+def _looked(connection: Connection, schema: str | None) -> ddl.Look:
+    """What is there, unless it is not for us to touch."""
+    found = look(connection, schema)
+    if found.schema is not None and len(found.schema.encode()) > MAX_SCHEMA:
+        raise InvalidOptionError(
+            "schema",
+            f"schema must have at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {found.schema!r}",
+        )
+    if found.version > ddl.LATEST:
+        raise SchemaError(
+            f"the tables are of version {found.version}, this sqla_river knows up to {ddl.LATEST}; "
+            "upgrade the library before it touches them"
+        )
+    if 0 < found.river < ddl.OLDEST_RIVER:
+        raise SchemaError(
+            f"River's tables are older than its version {ddl.OLDEST_RIVER}, and sqla_river takes over "
+            f"{ddl.OLDEST_RIVER} to {ddl.RIVER_VERSIONS[-1]}; run 'river migrate-up' first"
+        )
+    return found
 
 
-def installed_versions(connection: Connection, schema: str | None) -> dict[str, int]:
-    """The version of each line of tables in *schema*; empty where there are none. None is the search_path's first."""
-    home = schema or store.execute(connection, None, SELECT_CURRENT_SCHEMA).scalar_one()
-    if home is not None and len(home.encode()) > MAX_SCHEMA:
-        raise InvalidOptionError("schema", f"schema must have at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {home!r}")
-    if not store.execute(connection, None, SELECT_HAS_VERSIONS, {"p_schema": home}).scalar_one():
-        return {}
-    return dict(store.execute(connection, schema, SELECT_VERSIONS).tuples().all())
+def _planned(connection: Connection, found: ddl.Look) -> ddl.Plan:
+    return ddl.plan_upgrade(found, big=ddl.is_big(_asking(connection), found))
+
+
+def _asking(connection: Connection) -> ddl.Ask:
+    def ask(query: str, parameters: Mapping[str, Any]) -> str | None:
+        answer: str | None = connection.execute(text(query), parameters).scalar_one()
+        return answer
+
+    return ask
+
+
+def _run(connection: Connection, statements: Sequence[str]) -> None:
+    try:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    except DBAPIError as error:
+        reason = ddl.refusal(str(error.orig))
+        if reason is None:
+            raise
+        raise SchemaError(reason) from error
+
+
+def _wait(connection: Connection, lock: str) -> None:
+    """Take the lock, asking until it is given: a statement that waits holds a snapshot, and a build waits for that."""
+    told = False
+    while not connection.exec_driver_sql(lock).scalar_one():
+        if not told:
+            log.info("somebody else migrates this database; waiting")
+            told = True
+        time.sleep(TURN)
+
+
+@contextmanager
+def _locked(connection: Connection) -> Iterator[None]:
+    _wait(connection, ddl.TRY_LOCK_SESSION)
+    try:
+        yield
+    finally:
+        if not connection.invalidated:
+            connection.rollback()
+            connection.exec_driver_sql(ddl.UNLOCK_SESSION)
+            connection.commit()

@@ -4,11 +4,10 @@ The table of events stands in one place, here; SQL adds only the fence (``statem
 state machine, with the differences that the README lists under "Different from River".
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 
 class JobState(StrEnum):
@@ -64,45 +63,46 @@ class Transition:
     """A row change that a result asks for. Only the functions below build one, so no wrong combination can be said.
 
     `state` is where the job goes, unless somebody asked to cancel it while it ran: then every unfinished state becomes
-    cancelled. `delay` counts from the database's now(); None leaves ``scheduled_at`` as it is.
+    cancelled. `delay` counts from the database's now(); None leaves ``scheduled_at`` as it is. `metadata` is the JSON text of
+    an object that is merged into the job's.
     """
 
     state: JobState
     attempt_back: int = 0
     delay: timedelta | None = None
     error: AttemptError | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    metadata: str | None = None
     snoozed: bool = False
 
 
 _COMPLETED: Final = Transition(JobState.COMPLETED)
 
 
-def completed(metadata: Mapping[str, Any] | None = None) -> Transition:
+def completed(metadata: str | None = None) -> Transition:
     """The handler returned. Without metadata this is always the same object, which the completer takes as its fast path."""
     return Transition(JobState.COMPLETED, metadata=metadata) if metadata else _COMPLETED
 
 
-def errored(error: AttemptError, delay: timedelta, metadata: Mapping[str, Any] | None = None) -> Transition:
+def errored(error: AttemptError, delay: timedelta, metadata: str | None = None) -> Transition:
     """The attempt failed and there are attempts left: again after *delay*. However short the delay, the job waits as retryable."""
-    return Transition(JobState.RETRYABLE, delay=delay, error=error, metadata=metadata or {})
+    return Transition(JobState.RETRYABLE, delay=delay, error=error, metadata=metadata)
 
 
-def discarded(error: AttemptError, metadata: Mapping[str, Any] | None = None) -> Transition:
+def discarded(error: AttemptError, metadata: str | None = None) -> Transition:
     """The last attempt failed."""
-    return Transition(JobState.DISCARDED, error=error, metadata=metadata or {})
+    return Transition(JobState.DISCARDED, error=error, metadata=metadata)
 
 
-def snoozed(delay: timedelta, metadata: Mapping[str, Any] | None = None) -> Transition:
+def snoozed(delay: timedelta, metadata: str | None = None) -> Transition:
     """The handler asked for a later time; the attempt is given back and the snooze counted in the metadata."""
-    return Transition(JobState.SCHEDULED, attempt_back=1, delay=delay, metadata=metadata or {}, snoozed=True)
+    return Transition(JobState.SCHEDULED, attempt_back=1, delay=delay, metadata=metadata, snoozed=True)
 
 
-def cancelled(error: AttemptError, metadata: Mapping[str, Any] | None = None) -> Transition:
+def cancelled(error: AttemptError, metadata: str | None = None) -> Transition:
     """The handler, or somebody outside, asked that the job never run again."""
-    return Transition(JobState.CANCELLED, error=error, metadata=metadata or {})
+    return Transition(JobState.CANCELLED, error=error, metadata=metadata)
 
 
-def interrupted(metadata: Mapping[str, Any] | None = None) -> Transition:
+def interrupted(metadata: str | None = None) -> Transition:
     """A stop of the runner ended the attempt: it is given back, without an error, and the job is available at once."""
-    return Transition(JobState.AVAILABLE, attempt_back=1, metadata=metadata or {})
+    return Transition(JobState.AVAILABLE, attempt_back=1, metadata=metadata)

@@ -62,15 +62,27 @@ STATEMENT_TIMEOUT_SECONDS: Final = 30
 LOCK_TIMEOUT: Final = "5s"
 
 
+def twin(engine: Engine) -> Engine:
+    """An engine like *engine*, with its creator and its connect events, and a pool of its own.
+
+    A runner that had to wait for a connection until its handlers give one back would lose its lease.
+    """
+    like = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    options = dict(engine.get_execution_options())
+    return like.execution_options(**options) if options else like
+
+
 class OwnConnection:
-    """One connection that a runner keeps: from the user's engine, with its creator and connect events, but not of its pool.
+    """One connection that a runner keeps, detached from the pool of *engine* (a `twin`).
 
     Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error that may
-    have broken it, `close` it: the next `get` opens a new one. Let alone, a detached Connection reconnects *from the pool* and
-    loses its autocommit: its writes would never commit.
+    have broken it, it is closed, and the next `get` opens a new one. Let alone, a detached Connection reconnects *from the pool*
+    and loses its autocommit: its writes would never commit.
     """
 
-    def __init__(self, engine: Engine, declared_schema: str | None, name: str, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, declared_schema: str | None, name: str, settings: Mapping[str, str] | None = None
+    ) -> None:
         self._engine = engine
         self._declared = declared_schema
         self._settings = {
@@ -83,6 +95,7 @@ class OwnConnection:
             **(settings or {}),
         }
         self._connection: Connection | None = None
+        self._raw: Any = None
         self.schema: str | None = None
 
     def get(self) -> Connection:
@@ -92,21 +105,27 @@ class OwnConnection:
             sqlalchemy.exc.DBAPIError: the database is away; nothing is left open.
         """
         if self._connection is None:
-            connection = self._engine.connect()
+            self._connection = connection = self._engine.connect()
             try:
-                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+                self._raw = connection.connection.dbapi_connection
+                connection.execution_options(isolation_level="AUTOCOMMIT")
                 connection.detach()
-                connection.execute(select(*(func.set_config(key, value, False) for key, value in self._settings.items())))
+                given = (func.set_config(key, value, False) for key, value in self._settings.items())
+                connection.execute(select(*given))
                 self.schema = real_schema(connection, self._declared)
             except BaseException:
-                connection.invalidate()
-                connection.close()
+                self.close()
                 raise
-            self._connection = connection
         return self._connection
 
+    @property
+    def raw(self) -> Any:
+        """The driver's connection, for what Core has no form of; opened now if need be."""
+        self.get()
+        return self._raw
+
     def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> CursorResult[Any]:
-        """Run one of our statements. After a DBAPIError that broke the connection it is closed, and the next call opens another."""
+        """Run one of our statements. An error that broke the connection closes it, and the next call opens another."""
         connection = self.get()
         try:
             return execute(connection, self.schema, statement, parameters)
@@ -118,9 +137,10 @@ class OwnConnection:
     def close(self) -> None:
         """Close it, broken or not."""
         connection, self._connection = self._connection, None
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            raw.close()
         if connection is not None:
-            try:
-                connection.invalidate()
-                connection.close()
-            except DBAPIError:
-                pass  # it is gone either way
+            # The driver's connection is closed already; this only makes SQLAlchemy forget it, without a last word to the server.
+            connection.invalidate()
+            connection.close()

@@ -21,9 +21,10 @@ def _run() -> int:
 
         from sqla_river.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in {"click", "rich"}:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in {"click", "rich"}:
             raise
-        print(f"sqla-river needs {error.name}; run pip install 'sqla-river[cli]'", file=sys.stderr)
+        print(f"sqla-river needs {missing}; run pip install 'sqla-river[cli]'", file=sys.stderr)
         return 1
     try:
         code: int | None = app.main(prog_name="sqla-river", standalone_mode=False)

@@ -26,7 +26,7 @@ from sqla_river.runner import Runner
 from sqla_river.schema import create_all
 
 HURRY: Final = {"SHOP_PAY_WITHIN": "5", "SHOP_SMS_PAUSE": "1", "SHOP_EMAIL_PAUSE": "1", "SHOP_SENDING_TAKES": "0.05"}
-"""The shop's durations for the demo, in seconds."""
+"""The shop's durations for the demo, in seconds, where the environment does not say others."""
 PATIENCE: Final = 60.0
 """Seconds after which the demo gives up; it takes about ten."""
 LOOK_EVERY: Final = 0.05
@@ -194,7 +194,7 @@ def _find_shop() -> None:
     package = Path(__file__).resolve().parents[1]
     for examples in (package / "examples", package.parent / "examples"):
         if (examples / "shop").is_dir():
-            os.environ.update(HURRY)
+            os.environ |= {**HURRY, **os.environ}
             sys.path.insert(0, str(examples))
             return
     raise click.ClickException("examples/shop is missing; run the demo from a clone, or from a wheel of sqla-river")

@@ -7,12 +7,13 @@ import click
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import URL, func, select
+from sqlalchemy import URL
 
-from sqla_river import ddl
+from sqla_river import ddl, store
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
 from sqla_river.errors import SchemaError
 from sqla_river.schema import create_all, installed_version
+from sqla_river.statements import SELECT_CURRENT_SCHEMA
 from sqla_river.states import JobState
 from sqla_river.stats import StateCount, count_states
 
@@ -38,7 +39,7 @@ def migrate(url: URL, schema: str | None) -> None:
     Safe to run again, and from many places at once. Those who use Alembic do not need it.
     """
     with told(), engine_for(url).begin() as connection:
-        where = schema or connection.execute(select(func.current_schema())).scalar_one()
+        where = schema or store.execute(connection, None, SELECT_CURRENT_SCHEMA).scalar_one()
         found = create_all(connection, schema)
     if found == ddl.LATEST:
         click.echo(f"schema '{where}': version {found} already, nothing to do")
@@ -79,12 +80,13 @@ def by_queue(counts: Iterable[StateCount]) -> dict[str, dict[str, int]]:
 
 
 def state_table(console: Console, what: str, rows: dict[str, dict[str, int]]) -> Table:
-    """One line per row, one column per state that occurs; plain ASCII in a pipe."""
-    states = [state for state in LIFE if any(state in row for row in rows.values())]
+    """One line per row, one column per figure that occurs, states first; plain ASCII in a pipe."""
+    given = {figure for row in rows.values() for figure in row}
+    figures = [state.value for state in LIFE if state in given] + sorted(given.difference(LIFE))
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
     table.add_column(what)
-    for state in states:
-        table.add_column(state.value, justify="right", no_wrap=True)
+    for figure in figures:
+        table.add_column(figure, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[state]:,}" if state in row else "" for state in states))
+        table.add_row(name, *(f"{row[figure]:,}" if figure in row else "" for figure in figures))
     return table

@@ -60,7 +60,9 @@ class Turns:
                 continue
             if due_in > 0:
                 soonest = min(soonest, due_in)
-            elif duty.entitled() and self._claim(duty):
+            elif not duty.entitled():
+                soonest = min(soonest, duty.every.total_seconds())
+            elif self._claim(duty):
                 self._unfinished.append(duty)
         self._unfinished = [duty for duty in self._unfinished if self._do(duty)]
         return 0.0 if self._unfinished else soonest + random.uniform(0, _JITTER) * min(soonest, 1.0)  # noqa: S311

@@ -48,7 +48,7 @@ from sqla_river.statements.runner import (
     UPSERT_QUEUES,
     UPSERT_RUNNER,
 )
-from sqla_river.statements.schema import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_HAS_VERSIONS, SELECT_VERSIONS
+from sqla_river.statements.schema import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_IS_TABLE, SELECT_VERSIONS
 
 __all__ = [
     "CLAIM_DUTY",
@@ -83,8 +83,8 @@ __all__ = [
     "SELECT_CURRENT_SCHEMA",
     "SELECT_DUTIES",
     "SELECT_FLEET",
-    "SELECT_HAS_VERSIONS",
     "SELECT_HELD",
+    "SELECT_IS_TABLE",
     "SELECT_LOST",
     "SELECT_NEXT_DUE",
     "SELECT_NOW",

@@ -117,7 +117,10 @@ SETTLE_JOBS: Final = (
     .values(
         state=cast(_wished, job.c.state.type),
         finalized_at=case((_finalized, NOW)),
-        attempt=func.greatest(job.c.attempt - _locked.c.back, literal_column("0")),
+        attempt=case(
+            (_wished == _locked.c.state, func.greatest(job.c.attempt - _locked.c.back, literal_column("0"))),
+            else_=job.c.attempt,
+        ),
         scheduled_at=case(
             (or_(_locked.c.delay.is_(None), _finalized), job.c.scheduled_at), else_=NOW + _locked.c.delay
         ),

@@ -11,6 +11,7 @@ from sqlalchemy import (
     column,
     func,
     literal_column,
+    null,
     or_,
     select,
     true,
@@ -130,7 +131,7 @@ _taken: Final = _take(func.any(func.array(_suspect.scalar_subquery()))).cte("tak
 _marked: Final = (
     update(river_runner)
     .where(river_runner.c.id == bindparam("p_id", type_=Text))
-    .values(alone=_taken.c.id)
+    .values(alone=select(_taken.c.id).scalar_subquery())
     .cte("marked")
 )
 
@@ -153,7 +154,7 @@ COUNT_SUSPECTS: Final = select(func.count()).select_from(
 )
 
 # Caller: fetch.py, when the job that ran alone has ended, or has shown for a minute that it kills nobody.
-CLEAR_ALONE: Final = update(river_runner).where(river_runner.c.id == bindparam("p_id", type_=Text)).values(alone=None)
+CLEAR_ALONE: Final = update(river_runner).where(river_runner.c.id == bindparam("p_id", type_=Text)).values(alone=null())
 
 _holder: Final = job.alias("holder")
 _conflicts: Final = (

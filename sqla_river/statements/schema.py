@@ -6,18 +6,14 @@ from sqlalchemy import BigInteger, Text, bindparam, func, literal_column, select
 
 from sqla_river.tables import river_migration
 
-# Caller: schema.py. Serialises whoever installs or upgrades, per database; of the transaction, so a killed one leaves nothing behind.
+# Caller: schema.py. Serialises whoever installs or upgrades, per database. A lock of the transaction: a killed one leaves nothing.
 LOCK_SCHEMA: Final = select(func.pg_advisory_xact_lock(bindparam("p_key", type_=BigInteger)))
 
 # Caller: schema.py. Where an unqualified CREATE TABLE goes; a table further down the search_path is somebody else's.
 SELECT_CURRENT_SCHEMA: Final = select(func.current_schema())
 
 # Caller: schema.py.
-SELECT_HAS_VERSIONS: Final = select(
-    func.to_regclass(func.quote_ident(bindparam("p_schema", type_=Text)) + literal_column("'.river_migration'")).is_not(
-        None
-    )
-)
+SELECT_IS_TABLE: Final = select(func.to_regclass(bindparam("p_name", type_=Text)).is_not(None))
 
 # Caller: schema.py. By to_jsonb, because River's table had no lines before its version 5.
 SELECT_VERSIONS: Final = select(
