@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sqla_river.options import InsertOptions, Retention
     from sqla_river.outcomes import Cancel, Snooze
     from sqla_river.policy import Exponential
-    from sqla_river.river import River, enqueue, enqueue_many
+    from sqla_river.river import River, cancel, enqueue, enqueue_many, wait_for
     from sqla_river.runner import Runner
     from sqla_river.schema import create_all
     from sqla_river.states import JobState
@@ -32,9 +32,11 @@ __all__ = [
     "Runner",
     "Snooze",
     "Workers",
+    "cancel",
     "create_all",
     "enqueue",
     "enqueue_many",
+    "wait_for",
 ]
 
 if not TYPE_CHECKING:
@@ -46,7 +48,7 @@ if not TYPE_CHECKING:
         "options": ("InsertOptions", "Retention"),
         "outcomes": ("Cancel", "Snooze"),
         "policy": ("Exponential",),
-        "river": ("River", "enqueue", "enqueue_many"),
+        "river": ("River", "cancel", "enqueue", "enqueue_many", "wait_for"),
         "runner": ("Runner",),
         "schema": ("create_all",),
         "states": ("JobState",),

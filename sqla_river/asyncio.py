@@ -1,13 +1,17 @@
 """The verbs, awaited: for AsyncSession, async_scoped_session and AsyncConnection."""
 
+import asyncio
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
-from sqla_river import river
+from sqla_river import river, wait
+from sqla_river.admin import Changed, Filter
 from sqla_river.errors import SessionError
+from sqla_river.models import Job
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 
     AnyAsyncSession: TypeAlias = AsyncSession | async_scoped_session[Any] | AsyncConnection
 
@@ -15,7 +19,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def awaited(verb: Callable[Concatenate[Any, P], T]) -> "Callable[Concatenate[AnyAsyncSession, P], Coroutine[Any, Any, T]]":
+def awaited(
+    verb: Callable[Concatenate[Any, P], T],
+) -> "Callable[Concatenate[AnyAsyncSession, P], Coroutine[Any, Any, T]]":
     """*verb* as a coroutine function: it runs with the plain session inside, in the greenlet that lets its I/O be awaited."""
 
     async def call(session: "AnyAsyncSession", /, *given: P.args, **options: P.kwargs) -> T:
@@ -25,7 +31,11 @@ def awaited(verb: Callable[Concatenate[Any, P], T]) -> "Callable[Concatenate[Any
                 f"expected an AsyncSession or AsyncConnection, got {type(session).__name__}; "
                 "plain ones take the verbs of sqla_river, without await"
             )
-        result: T = await inner.run_sync(lambda plain: verb(plain, *given, **options))
+
+        def call_plain(plain: Any) -> T:
+            return verb(plain, *given, **options)
+
+        result: T = await inner.run_sync(call_plain)
         return result
 
     call.__name__ = call.__qualname__ = getattr(verb, "__name__", "verb")
@@ -35,3 +45,33 @@ def awaited(verb: Callable[Concatenate[Any, P], T]) -> "Callable[Concatenate[Any
 
 enqueue = awaited(river.enqueue)
 enqueue_many = awaited(river.enqueue_many)
+
+
+@overload
+async def cancel(session: "AnyAsyncSession", which: int) -> Job: ...
+@overload
+async def cancel(session: "AnyAsyncSession", which: Filter) -> Changed: ...
+async def cancel(session: "AnyAsyncSession", which: int | Filter) -> Job | Changed:
+    """`River.cancel`, awaited."""
+    verb: Any = river.cancel
+    result: Job | Changed = await awaited(verb)(session, which)
+    return result
+
+
+async def wait_for(
+    session: "AnyAsyncSession | AsyncEngine",
+    job_id: int,
+    *,
+    timeout: timedelta | None = None,  # noqa: ASYNC109 - the same face as the plain verb
+) -> Job:
+    """`River.wait_for`, awaited; the event loop goes on meanwhile."""
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    engine = session if isinstance(session, AsyncEngine) else AsyncEngine(await awaited(wait.engine_of)(session, job_id, Job))
+    with wait.Look(job_id, timeout) as look:
+        while True:
+            async with engine.connect() as connection:
+                job = await connection.run_sync(look.look, Job)
+            if job is not None:
+                return job
+            await asyncio.sleep(look.pause())

@@ -19,6 +19,7 @@ log: Final = logging.getLogger(__name__)
 MIGRATE: Final = "run 'alembic upgrade head' with the river migration included, or 'sqla-river migrate'"
 REPAIR: Final = "run 'sqla-river migrate', which repairs it and keeps nobody waiting"
 UPGRADE: Final = "upgrade sqla_river"
+_DIALECT: Final = postgresql.dialect()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -143,5 +144,5 @@ def _type(column: Column[Any]) -> str:
     """The type as the catalog spells it."""
     if isinstance(column.type, Enum):
         return str(column.type.name)
-    spelled = column.type.compile(dialect=postgresql.dialect()).lower()
+    spelled = column.type.compile(dialect=_DIALECT).lower()
     return spelled.replace("varchar", "character varying")

@@ -4,7 +4,6 @@ One thread per runner, on a connection of its own, overlapping the fetch. It flu
 load (group commit): while one is being written, the next gathers.
 """
 
-import json
 import logging
 import math
 import time
@@ -17,9 +16,9 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqla_river.failure import storable
 from sqla_river.policy import RIVER_POLICY
 from sqla_river.rows import Result
-from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.statements import COMPLETE_JOBS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
-from sqla_river.store import OwnConnection
+from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
+from sqla_river.store import OwnConnection, error_json
 
 log: Final = logging.getLogger(__name__)
 
@@ -136,9 +135,9 @@ class Completer:
         Raises:
             Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing twice.
         """
-        plain = [result for result in results if result.transition is _JUST_COMPLETED and not result.settled]
-        others = [result for result in results if result.transition is not _JUST_COMPLETED and not result.settled]
-        written: list[tuple[Result, JobState]] = [(result, result.transition.state) for result in results if result.settled]
+        plain = [result for result in results if result.transition is _JUST_COMPLETED and result.settled is None]
+        others = [result for result in results if result.transition is not _JUST_COMPLETED and result.settled is None]
+        written: list[tuple[Result, JobState]] = [(result, result.settled) for result in results if result.settled is not None]
         for batch, write in ((plain, self._complete), (others, self._settle)):
             if batch:
                 written += self._write_batch(batch, write, pause)
@@ -210,15 +209,10 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
         "p_states": [transition.state.value for transition in transitions],
         "p_backs": [transition.attempt_back for transition in transitions],
         "p_delays": [transition.delay for transition in transitions],
-        "p_errors": [_error_json(transition) for transition in transitions],
+        "p_errors": [error_json(transition) for transition in transitions],
         "p_metadata": [transition.metadata for transition in transitions],
         "p_snoozed": [int(transition.snoozed) for transition in transitions],
     }
-
-
-def _error_json(transition: Transition) -> str | None:
-    error = transition.error
-    return None if error is None else json.dumps({"attempt": error.attempt, "error": error.error, "trace": error.trace})
 
 
 def _ids(results: Sequence[Result]) -> list[int]:

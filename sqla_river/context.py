@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from sqla_river.errors import InvalidOptionError
@@ -69,15 +69,19 @@ class JobContext(Generic[A_co]):
         id, kind, queue, priority, max_attempts: of the row.
         attempt: this attempt, counted from 1.
         deadline: when its timeout is over (monotonic seconds); infinite without one.
+        timed_out: whether it was told so.
+        interrupt: ends an async handler; None for a plain one.
         error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
     """
 
-    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "args", "deadline", "error", "row")
+    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "args", "deadline", "error", "interrupt", "row", "timed_out")
 
     def __init__(self, row: JobRow, args: A_co) -> None:
         self.row = row
         self.args = args
         self.deadline = math.inf
+        self.timed_out = False
+        self.interrupt: Callable[[], object] | None = None
         self.error: BaseException | None = None
         self._cancelled: Cancelled | None = None
         self._reason: CancelReason | None = None
@@ -141,13 +145,20 @@ class JobContext(Generic[A_co]):
 
 
 def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
-    """Tell *job*'s handler to end soon. The first reason stands."""
+    """Tell *job*'s handler to end soon; an async one gets CancelledError. The first reason stands, but the runner's stop comes on top of it."""
     with _lock:
+        news = job._reason is None or (reason == "stop" and job._reason != "stop")
         if job._reason is None:
             job._reason = reason
             if job._cancelled is not None:
                 job._cancelled.reason = reason
                 job._cancelled.set()
+        interrupt = job.interrupt
+    if news and interrupt is not None:
+        try:
+            interrupt()
+        except RuntimeError:
+            pass  # its event loop is closed
 
 
 def cancel_reason(job: JobContext[Any]) -> CancelReason | None:

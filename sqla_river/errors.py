@@ -17,6 +17,7 @@
     ├── SchemaError                   (RuntimeError) tables missing, old or damaged
     ├── JobNotFoundError              (LookupError)  no job has that id
     ├── JobRunningError               (RuntimeError) the job is running, and what was asked needs it not to
+    ├── UncommittedJobError           (RuntimeError) wait_for a job that its own session has not committed
     ├── RunnerError                   (RuntimeError) a Runner used in a way that cannot work
     ├── TransactionOver               (RuntimeError) a transactional handler ended its transaction and went on
     ├── ForeignBindError              (RuntimeError) a transactional handler reached for another engine
@@ -100,6 +101,14 @@ class JobRunningError(RiverError, RuntimeError):
 
     def __init__(self, job_id: int, asked: str) -> None:
         super().__init__(f"job {job_id} is running and cannot be {asked}; cancel it first")
+        self.job_id = job_id
+
+
+class UncommittedJobError(RiverError, RuntimeError):
+    """The job is not committed yet, so nobody can have started it."""
+
+    def __init__(self, job_id: int) -> None:
+        super().__init__(f"job {job_id} is not committed yet, and cannot start before it is; commit, then wait")
         self.job_id = job_id
 
 

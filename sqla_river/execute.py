@@ -1,24 +1,43 @@
 """Execute: call user code. Knows no SQL, catches everything, and always hands on a Result."""
 
+import asyncio
 import logging
-import math
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import timedelta
-from queue import Empty, SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from sqla_river import failure, states
 from sqla_river.args import Codec
-from sqla_river.context import CancelReason, JobContext, cancel_context, cancel_reason, staged_metadata
+from sqla_river.context import JobContext, cancel_context, cancel_reason, staged_metadata
+from sqla_river.hooks import ErrorHandler, WorkMiddleware
 from sqla_river.outcomes import LONGEST_DELAY, Cancel, Snooze
 from sqla_river.policy import RIVER_POLICY
 from sqla_river.rows import JobRow, Result
-from sqla_river.states import AttemptError, Transition
+from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Retry, Worker, Workers
 
 log: Final = logging.getLogger(__name__)
+
+
+class Unit(Protocol):
+    """A transactional attempt: its session, and the way to commit it together with the job."""
+
+    session: Any
+
+    def settle(self, session: Any, transition: Transition) -> JobState: ...
+
+
+class Scope(Protocol):
+    """Opens units; what is not settled when one is left is rolled back."""
+
+    lost: type[BaseException]
+    unknown: type[BaseException]
+
+    def open(self, row: JobRow) -> AbstractContextManager[Unit]: ...
+    def open_async(self, row: JobRow) -> AbstractAsyncContextManager[Unit]: ...
+    def resolve(self, row: JobRow) -> JobState | None: ...
 
 
 class Executor:
@@ -30,6 +49,9 @@ class Executor:
         retry: for workers that have no policy of their own.
         timeout: likewise; None is no timeout.
         watch: told of each job that has a timeout when its handler starts (seconds).
+        scope: for transactional workers.
+        middleware: around every call, the first outermost.
+        on_error: asked after each failure; it may answer Cancel.
     """
 
     def __init__(
@@ -40,72 +62,188 @@ class Executor:
         retry: Retry | None,
         timeout: timedelta | None,
         watch: Callable[[JobContext[Any], float], None],
+        scope: Scope,
+        middleware: Sequence[WorkMiddleware] = (),
+        on_error: ErrorHandler | None = None,
     ) -> None:
         self._workers = workers
         self._codec = codec
         self._retry = retry if retry is not None else RIVER_POLICY
         self._timeout = timeout
         self._watch = watch
+        self._scope = scope
+        self._middleware = tuple(middleware)
+        self._on_error = on_error
         self.running: dict[int, JobContext[Any]] = {}
         """The jobs whose handler runs now, by id."""
 
-    def execute(self, row: JobRow) -> Result:
-        """One attempt at *row*. Never raises."""
-        began = time.monotonic()
-        job: JobContext[Any] | None = None
+    def is_async(self, row: JobRow) -> bool:
+        """Whether *row* belongs on the event loop."""
         worker = self._workers.get(row.kind)
-        try:
-            if worker is None:
-                raise LookupError(f"kind {row.kind!r} has no worker here")
-            job = JobContext(row, self._codec.decode(worker.args_type, row.args))
-            transition = self._call(worker, job)
-        except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
-            transition = self._judge(worker, row, job, error)
-        finally:
-            self.running.pop(row.id, None)
-        return Result(row, transition, time.monotonic() - began)
+        return worker is not None and worker.is_async
 
-    def _call(self, worker: Worker, job: JobContext[Any]) -> Transition:
-        timeout = worker.timeout or self._timeout
+    def execute(self, row: JobRow) -> Result:
+        """One attempt at *row*, in this thread. Never raises."""
+        attempt = _Attempt(row)
+        try:
+            worker = self._begin(attempt)
+            if attempt.transition is None:
+                if worker.transactional:
+                    with self._scope.open(row) as unit:
+                        self._start(worker, attempt)
+                        transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
+                        attempt.settled = unit.settle(unit.session, transition)
+                        attempt.transition = transition
+                else:
+                    self._start(worker, attempt)
+                    attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
+        except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
+            self._failed(attempt, error)
+            if isinstance(error, self._scope.unknown):
+                self._resolved(attempt, self._scope.resolve(row))
+        return self._end(attempt)
+
+    async def execute_async(self, row: JobRow) -> Result:
+        """One attempt at *row*, on the running event loop. Never raises."""
+        attempt = _Attempt(row)
+        try:
+            worker = self._begin(attempt)
+            if attempt.transition is None:
+                if worker.transactional:
+                    async with self._scope.open_async(row) as unit:
+                        transition = self._wished(attempt, await self._call(worker, attempt, unit.session))
+                        attempt.settled = await unit.session.run_sync(unit.settle, transition)
+                        attempt.transition = transition
+                else:
+                    attempt.transition = self._wished(attempt, await self._call(worker, attempt))
+        except BaseException as error:  # noqa: BLE001
+            self._failed(attempt, error)
+            if isinstance(error, self._scope.unknown):
+                self._resolved(attempt, await asyncio.to_thread(self._scope.resolve, row))
+        return self._end(attempt)
+
+    # ---- the steps of an attempt ------------------------------------------------------------------------------------------
+
+    def _begin(self, attempt: "_Attempt") -> Worker:
+        row = attempt.row
+        worker = self._workers.get(row.kind)
+        if worker is None:
+            raise LookupError(f"kind {row.kind!r} has no worker here")
+        attempt.worker = worker
+        if row.expired:
+            attempt.transition = states.cancelled(AttemptError(row.attempt, "expired: it was fetched later than its expiry"))
+        else:
+            attempt.job = JobContext(row, self._codec.decode(worker.args_type, row.args))
+        return worker
+
+    def _start(self, worker: Worker, attempt: "_Attempt") -> None:
+        """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
+        job = attempt.job
         self.running[job.id] = job
+        timeout = worker.timeout or self._timeout
         if timeout is not None:
             self._watch(job, timeout.total_seconds())
-        outcome = worker.handler(job)
-        metadata = staged_metadata(job)
+
+    async def _call(self, worker: Worker, attempt: "_Attempt", *session: Any) -> object:
+        """Await the handler in a task of its own, so that cancelling it never reaches what is around it."""
+        job = attempt.job
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(_awaited(self._chain(worker), job, *session))
+        job.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
+        self._start(worker, attempt)
+        try:
+            return await task
+        finally:
+            job.interrupt = None
+
+    def _chain(self, worker: Worker) -> Callable[..., Any]:
+        if not self._middleware:
+            return worker.handler
+        handler = worker.handler
+
+        def call(job: JobContext[Any], *session: Any) -> Any:
+            def innermost(job: JobContext[Any]) -> Any:
+                return handler(job, *session)
+
+            next_: Callable[[JobContext[Any]], Any] = innermost
+            for middleware in reversed(self._middleware):
+                next_ = _around(middleware, next_)
+            return next_(job)
+
+        return call
+
+    def _wished(self, attempt: "_Attempt", outcome: object) -> Transition:
+        """The row change for what a handler returned."""
+        metadata = staged_metadata(attempt.job)
         if outcome is None:
             return states.completed(metadata)
-        return _wished(job.attempt, outcome, metadata)
+        return _wish(attempt.row.attempt, outcome, metadata)
 
-    def _judge(self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException) -> Transition:
+    def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
+        attempt.settled = None
+        attempt.error = error
+        attempt.transition = self._judge(attempt.worker, attempt.row, attempt.job_or_none, error)
+
+    def _resolved(self, attempt: "_Attempt", state: JobState | None) -> None:
+        """The COMMIT whose reply was lost had gone through."""
+        if state is not None:
+            attempt.settled = state
+            attempt.error = None
+            attempt.transition = states.completed()
+
+    def _end(self, attempt: "_Attempt") -> Result:
+        self.running.pop(attempt.row.id, None)
+        assert attempt.transition is not None
+        seconds = time.monotonic() - attempt.began
+        return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
+
+    # ---- judging a failure ------------------------------------------------------------------------------------------------
+
+    def _judge(
+        self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
+    ) -> Transition:
         """The row change that *error* asks for, whatever else goes wrong on the way."""
         try:
             metadata = staged_metadata(job) if job is not None else None
             if isinstance(error, Snooze | Cancel):
-                return _wished(row.attempt, error, metadata)
-            if job is not None and cancel_reason(job) == "stop":
+                return _wish(row.attempt, error, metadata)
+            reason = cancel_reason(job) if job is not None else None
+            if reason == "stop":
                 return states.interrupted(metadata)
             said = failure.attempt_error(row.attempt, error)
-            if job is not None and cancel_reason(job) == "cancel":
+            if reason == "timeout" and isinstance(error, asyncio.CancelledError):
+                said = AttemptError(row.attempt, "TimeoutError: the handler was cancelled, it was over its timeout", said.trace)
+            if reason == "cancel":
                 return states.cancelled(said, metadata)
-            log.warning("job %d (%s) failed in attempt %d of %d: %s", row.id, row.kind, row.attempt, row.max_attempts, said.error)
+            log.warning(
+                "job %d (%s) failed in attempt %d of %d: %s", row.id, row.kind, row.attempt, row.max_attempts, said.error
+            )
+            wish = self._ask(worker, row, job, error)
+            if isinstance(wish, Cancel):
+                return states.cancelled(_cancel_error(row.attempt, wish, said.trace), metadata)
             if row.attempt >= row.max_attempts:
                 return states.discarded(said, metadata)
-            delay = self._delay(worker, row, job, error)
-            if isinstance(delay, Cancel):
-                return states.cancelled(AttemptError(row.attempt, failure.storable(delay.reason, 2_000), said.trace), metadata)
-            return states.errored(said, delay, metadata)
+            return states.errored(said, wish, metadata)
         except BaseException as second:  # noqa: BLE001 - judging must not fail either
             return states.errored(failure.attempt_error(row.attempt, second), RIVER_POLICY.delay(row.attempt))
 
-    def _delay(self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException) -> timedelta | Cancel:
+    def _ask(
+        self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
+    ) -> timedelta | Cancel:
+        """What the error handler and the retry policy make of *error*."""
         retry = (worker.retry if worker is not None else None) or self._retry
         try:
+            if job is not None:
+                job.error = error
+                if self._on_error is not None:
+                    answer = self._on_error(job, error)
+                    if isinstance(answer, Cancel):
+                        return answer
             if hasattr(retry, "delay"):
                 delay: timedelta | Cancel = retry.delay(row.attempt)
             elif job is None:
                 return RIVER_POLICY.delay(row.attempt)  # args that do not decode: there is nothing to ask a callable about
             else:
-                job.error = error
                 delay = retry(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
         except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
@@ -113,93 +251,53 @@ class Executor:
             return RIVER_POLICY.delay(row.attempt)
 
 
-def _wished(attempt: int, outcome: object, metadata: str | None) -> Transition:
+class _Attempt:
+    """What is known of one attempt while it runs."""
+
+    __slots__ = ("began", "error", "job_or_none", "row", "settled", "transition", "worker")
+
+    def __init__(self, row: JobRow) -> None:
+        self.row = row
+        self.began = time.monotonic()
+        self.worker: Worker | None = None
+        self.job_or_none: JobContext[Any] | None = None
+        self.transition: Transition | None = None
+        self.settled: JobState | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def job(self) -> JobContext[Any]:
+        assert self.job_or_none is not None
+        return self.job_or_none
+
+    @job.setter
+    def job(self, job: JobContext[Any]) -> None:
+        self.job_or_none = job
+
+
+async def _awaited(call: Callable[..., Any], job: JobContext[Any], *session: Any) -> object:
+    outcome = call(job, *session)
+    return await outcome if isinstance(outcome, Awaitable) else outcome
+
+
+def _around(middleware: WorkMiddleware, next_: Callable[[JobContext[Any]], Any]) -> Callable[[JobContext[Any]], Any]:
+    return lambda job: middleware.work(job, next_)
+
+
+def _wish(attempt: int, outcome: object, metadata: str | None) -> Transition:
     """The row change for what a handler returned or raised as its wish."""
     if isinstance(outcome, Snooze):
         return states.snoozed(outcome.delay, metadata)
     if isinstance(outcome, Cancel):
-        return states.cancelled(AttemptError(attempt, failure.storable(f"JobCancelError: {outcome.reason}", 2_000)), metadata)
+        return states.cancelled(_cancel_error(attempt, outcome), metadata)
     raise TypeError(f"a handler returns None, Snooze(...) or Cancel(...), this one returned {type(outcome).__name__}")
 
 
-class Slots:
-    """The threads that execute, as many as the runner has slots; made when first needed."""
-
-    def __init__(self, size: int, execute: Callable[[JobRow], Result], finished: Callable[[Result], None], name: str) -> None:
-        self._size = size
-        self._execute = execute
-        self._finished = finished
-        self._name = name
-        self._waiting: SimpleQueue[JobRow | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-
-    def deliver(self, rows: Iterable[JobRow]) -> None:
-        """Hand *rows* over. Called by one thread only, never with more than there are free slots."""
-        count = 0
-        for row in rows:
-            self._waiting.put(row)
-            count += 1
-        for _ in range(min(count, self._size - len(self._threads))):
-            thread = threading.Thread(target=self._run, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def take_back(self) -> list[JobRow]:
-        """The rows that no slot has begun."""
-        rows: list[JobRow] = []
-        while True:
-            try:
-                row = self._waiting.get_nowait()
-            except Empty:
-                return rows
-            if row is not None:
-                rows.append(row)
-
-    def put_back(self, rows: Iterable[JobRow]) -> None:
-        """Return what `take_back` took."""
-        for row in rows:
-            self._waiting.put(row)
-
-    def stop(self) -> None:
-        """Let each thread end after what it is doing."""
-        for _ in self._threads:
-            self._waiting.put(None)
-
-    def _run(self) -> None:
-        while (row := self._waiting.get()) is not None:
-            self._finished(self._execute(row))
+def _cancel_error(attempt: int, cancel: Cancel, trace: str = "") -> AttemptError:
+    return AttemptError(attempt, failure.storable(f"JobCancelError: {cancel.reason}", 2_000), trace)
 
 
-class Watch:
-    """Sets ``job.cancelled`` when a timeout is over. `step` is what its thread repeats; only jobs with a timeout wake it."""
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        self._next = math.inf
-
-    def add(self, job: JobContext[Any], seconds: float) -> None:
-        """Give *job* so many seconds from now."""
-        job.deadline = time.monotonic() + seconds
-        if job.deadline < self._next:
-            self._next = job.deadline
-            self._wake()
-
-    def step(self, running: dict[int, JobContext[Any]]) -> float:
-        """Cancel what is over its time; seconds until the next look."""
-        self._next = math.inf  # before the look: who is added meanwhile wakes the next one
-        now = time.monotonic()
-        soonest = math.inf
-        for job in list(running.values()):
-            if job.deadline <= now:
-                job.deadline = math.inf
-                log.warning("job %d (%s) is over its timeout", job.id, job.kind)
-                cancel_context(job, "timeout")
-            soonest = min(soonest, job.deadline)
-        self._next = min(self._next, soonest)
-        return min(60.0, max(self._next - time.monotonic(), 0.0))
-
-
-def interrupt(running: dict[int, JobContext[Any]], reason: CancelReason) -> None:
-    """Tell every running handler to end soon."""
-    for job in list(running.values()):
-        cancel_context(job, reason)
+def interrupt(jobs: Sequence[JobContext[Any]]) -> None:
+    """Tell handlers that the runner stops."""
+    for job in jobs:
+        cancel_context(job, "stop")

@@ -7,7 +7,7 @@ fetching; when the database answers again it renews the row first, and then read
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
@@ -68,12 +68,10 @@ class Heartbeat:
         self._learnt = learnt
         self._touched_at = -math.inf
         self._beat_at = -math.inf
+        self._beat_on: datetime | None = None  # by the database's clock
         self._kept_since = math.inf
-
-    @property
-    def beaten(self) -> bool:
-        """Whether the row was ever written."""
-        return self._beat_at > -math.inf
+        self.beaten = False
+        """Whether the row was ever written, and `learnt` told: before that nothing may be fetched."""
 
     @property
     def fresh(self) -> bool:
@@ -81,17 +79,22 @@ class Heartbeat:
         return time.monotonic() - self._beat_at < self._lease * 5 / 6
 
     @property
-    def kept(self) -> bool:
-        """Whether this runner has kept its own heartbeat for a whole lease, without a gap of more than two beats."""
+    def kept(self) -> datetime | None:
+        """Until when, by the database's clock, this runner may take silent ones for dead; None if it may not.
+
+        It may once it has kept its own heartbeat for a whole lease, without a gap of more than two beats and without a jump of
+        the database's clock: after an outage everybody's heartbeat is old.
+        """
         now = time.monotonic()
-        return now - self._kept_since >= self._lease and now - self._beat_at <= 2 * self._every
+        if self._beat_on is None or now - self._kept_since < self._lease or now - self._beat_at > 2 * self._every:
+            return None
+        return self._beat_on + timedelta(seconds=2 * self._every)
 
     def step(self) -> float:
         """Renew the runner's row, and every ten minutes those of its queues; seconds until the next."""
         # The moment before the statement is sent: the row is at least as fresh as this clock says.
         began = time.monotonic()
-        gap = began - self._beat_at
-        self._own.execute(
+        beat_on: datetime = self._own.execute(
             UPSERT_RUNNER,
             {
                 "p_id": self._runner_id,
@@ -100,11 +103,15 @@ class Heartbeat:
                 "p_version": library_version(),
                 "p_lease": timedelta(seconds=self._lease),
             },
-        )
-        if gap > 2 * self._every:
+        ).scalar_one()
+        gap = began - self._beat_at
+        # The monotonic clock stands still while a machine sleeps, and the database's may be set: the longer gap counts.
+        stored = (beat_on - self._beat_on).total_seconds() if self._beat_on is not None else math.inf
+        if gap > 2 * self._every or abs(stored - gap) > self._every:
             self._kept_since = began
-        if gap >= self._lease * 5 / 6:
+        if max(gap, stored) >= self._lease * 5 / 6:
             self._look_for_lost()
+        self._beat_on = beat_on
         self._beat_at = began
         if began - self._touched_at >= TOUCH_QUEUES_EVERY:
             self._own.execute(UPSERT_QUEUES, {"p_queues": list(self.slots)})
@@ -112,6 +119,7 @@ class Heartbeat:
             self._touched_at = began
         rank, suspects, cancelled = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
         self._learnt(Fleet(rank, suspects, cancelled))
+        self.beaten = True
         return max(self._every - (time.monotonic() - began), 0.0)
 
     def _look_for_lost(self) -> None:

@@ -14,10 +14,11 @@ from sqla_river import bulk, notify, store
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
 from sqla_river.errors import AsyncSessionError, EncodeError, InvalidOptionError, SessionError
-from sqla_river.models import JobMixin
+from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
 from sqla_river.rows import InsertRow, place
 from sqla_river.statements import INSERT_JOB
+from sqla_river.tables import river_job
 
 J = TypeVar("J", bound=JobMixin)
 Items = Iterable[JobArgs | tuple[JobArgs, InsertOptions]]
@@ -96,13 +97,13 @@ def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]
 
 def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
-    schema = store.real_schema(connection, job.__table__.schema)  # type: ignore[attr-defined]
+    schema = store.real_schema(connection, declared_schema(type(job)))
     state, at, told = place(row.when, row.pending, partial(store.transaction_now, connection))
-    values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in job.__table__.c}
+    values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in river_job.c}
     values |= {"state": state} if at is None else {"state": state, "scheduled_at": at}
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
-    for column, value in zip(INSERT_JOB.exported_columns, stored, strict=True):
-        set_committed_value(job, column.key, value)
+    for key, value in zip(river_job.c.keys(), stored, strict=True):
+        set_committed_value(job, key, value)
     make_transient_to_detached(job)
     if told:
         notify.announce(connection, schema, (row.queue,), job.__river__.notify)
@@ -117,7 +118,7 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
     ids: list[int | None] = []
     for block in _blocks(items, settings):
         connection = connect(session, job_class)
-        schema = store.real_schema(connection, job_class.__table__.schema)  # type: ignore[attr-defined]
+        schema = store.real_schema(connection, declared_schema(job_class))
         block_ids, queues = bulk.insert_rows(connection, schema, block, returning=returning)
         notify.announce(connection, schema, queues, settings.notify)
         mark_changed(session)
@@ -131,11 +132,8 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
     block: list[InsertRow] = []
     size = 0
     for position, item in enumerate(items):
-        args, said = item if isinstance(item, tuple) and len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
         try:
-            if not isinstance(said, InsertOptions):
-                raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
-            row = settings.row(args, said)
+            row = settings.row(*_pair(item))
         except EncodeError as error:
             raise EncodeError(f"$[{position}]{error.path[1:]}", str(error).removeprefix(f"{error.path}: ")) from error
         except InvalidOptionError as error:
@@ -147,3 +145,11 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
             block, size = [], 0
     if block:
         yield block
+
+
+def _pair(item: Any) -> tuple[JobArgs, InsertOptions]:
+    given: tuple[Any, ...] = item if isinstance(item, tuple) else ()
+    args, said = given if len(given) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
+    if not isinstance(said, InsertOptions):
+        raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
+    return args, said

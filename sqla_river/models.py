@@ -4,9 +4,9 @@ import json
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
 
-from sqlalchemy import Column, Connection, FromClause, MetaData, event
+from sqlalchemy import Column, Connection, FromClause, MetaData, Table, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedColumn, Mapper, declared_attr
 
 from sqla_river import notify, store
@@ -127,6 +127,11 @@ for _name in river_job.c.keys():  # noqa: SIM118 - keys, not columns
     setattr(JobMixin, _name, None)  # hides what a user's Base has by that name; else "can't add additional column"
 
 
+def declared_schema(job_class: type[JobMixin]) -> str | None:
+    """The schema that *job_class* names; where it stands on a connection, `store.real_schema` says."""
+    return cast("Table", job_class.__table__).schema
+
+
 class RiverBase(DeclarativeBase):
     """The Base of the shipped `Job`; and of one's own, to have it in one's own MetaData without one's Base's columns."""
 
@@ -139,25 +144,25 @@ class Job(JobMixin, RiverBase):
 
 @event.listens_for(JobMixin, "before_insert", propagate=True)
 def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
-    """Decide where the job starts by the database's clock, and store its time as a plain value: an expression would cost an INSERT per row."""
+    """Decide where the job starts, by the database's clock. Its time is a plain value: an expression would cost an INSERT per row."""
     store.check_postgresql(connection.dialect.name, connection.dialect.driver)
     given, state = vars(job).get("scheduled_at"), vars(job).get("state")
-    when = check_when("scheduled_at", given) if given is not None else None
-    delayed = job._delay is not None and job._delay[1] == given
-    if delayed:
-        when = job._delay[0]
+    when = None if given is None else check_when("scheduled_at", given)
+    delay, meant = job._delay or (None, None)
+    if delay is not None and meant == given:  # nobody has assigned another time since
+        when = delay
     found = place(when, state == JobState.PENDING, partial(store.transaction_now, connection))
     if found.at is not None:
         job.scheduled_at = found.at
         if state in {None, JobState.AVAILABLE, JobState.SCHEDULED}:
             job.state = found.state
-        if delayed:
-            job._delay = job._delay[0], found.at  # added anew after a rollback, it counts from the new now()
+        if when is delay and delay is not None:
+            job._delay = delay, found.at  # added anew after a rollback, it counts from the new now()
     job._told = found.told
 
 
 @event.listens_for(JobMixin, "after_insert", propagate=True)
 def _announce(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
     if job._told:
-        schema = store.real_schema(connection, job.__table__.schema)  # type: ignore[attr-defined]
+        schema = store.real_schema(connection, declared_schema(type(job)))
         notify.announce(connection, schema, (job.queue,), job.__river__.notify)

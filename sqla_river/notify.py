@@ -116,7 +116,7 @@ class Announcer:
             over = [announcements for root, announcements in committing if not root.is_active]
             committing = [entry for entry in committing if entry[0].is_active]
             if over:
-                _notify(connection, set().union(*over))
+                _notify(connection, set[Announcement]().union(*over))
                 pause = _FIRST_LOOK
                 time.sleep(COALESCE)
             else:
@@ -144,7 +144,7 @@ def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -
 
 
 def _sync_engine(engine: Engine) -> Engine:
-    """*engine*, or, where it drives an async driver, one of its own on psycopg: a thread has no greenlet to await in."""
+    """An engine like *engine*, or, where it drives an async driver, one on psycopg: a thread has no greenlet to await in."""
     if not engine.dialect.is_async:
-        return engine
+        return store.twin(engine)
     return create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)

@@ -57,10 +57,11 @@ def check_queue(queue: object) -> str:
     return queue
 
 
-def check_schema(schema: str | None) -> str | None:
-    """*schema*, if River's channels can carry it: an identifier of at most 46 bytes."""
-    text: object = schema
-    if text is not None and not (isinstance(text, str) and len(text) <= MAX_SCHEMA and _SCHEMA.fullmatch(text)):
+def check_schema(schema: object) -> str | None:
+    """*schema*, if River's channels can carry it: an identifier of at most 46 bytes, or None."""
+    if schema is None:
+        return None
+    if not isinstance(schema, str) or len(schema) > MAX_SCHEMA or not _SCHEMA.fullmatch(schema):
         raise InvalidOptionError(
             "schema", f"schema must be a plain identifier of at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {shown(schema)}"
         )
@@ -88,36 +89,27 @@ def check_when(option: str, value: object) -> datetime | timedelta:
     return value
 
 
-def _optional(check: Any) -> Any:
-    return lambda value: None if value is None else check(value)
+def _whole(option: str, value: object, high: int, meaning: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+        raise InvalidOptionError(option, f"{option} must be 1..{high}{meaning}, got {shown(value)}")
+    return value
 
 
-def _whole(option: str, low: int, high: int, meaning: str) -> Any:
-    def check(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise InvalidOptionError(option, f"{option} must be {low}..{high}{meaning}, got {shown(value)}")
-        return value
-
-    return _optional(check)
-
-
-def _flag(option: str) -> Any:
-    def check(value: object) -> bool:
-        if not isinstance(value, bool):
-            raise InvalidOptionError(option, f"{option} must be True or False, got {shown(value)}")
-        return value
-
-    return _optional(check)
-
-
-def _tags(value: object) -> tuple[str, ...]:
+def _check_tags(value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise InvalidOptionError("tags", f"tags must be a sequence of strings, got {shown(value)}")
-    tags = tuple(value)
-    for tag in tags:
+    tags: list[str] = []
+    for tag in cast("Sequence[object]", value):
         if not isinstance(tag, str) or not _TAG.fullmatch(tag):
             raise InvalidOptionError("tags", f"a tag must be 1 to 255 letters, digits, '_' or '-', got {shown(tag)}")
-    return tags
+        tags.append(tag)
+    return tuple(tags)
+
+
+def _check_flag(option: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidOptionError(option, f"{option} must be True or False, got {shown(value)}")
+    return value
 
 
 def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> Any:
@@ -173,11 +165,42 @@ def json_text(option: str, value: object) -> str:
         raise InvalidOptionError(option, f"{option} cannot be written as JSON: {error}") from None
 
 
-def _metadata(value: object) -> dict[str, Any]:
+def _check_metadata(value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InvalidOptionError("metadata", f"metadata must be a mapping, got {shown(value)}")
-    copy: dict[str, Any] = check_json("metadata", value)
+    copy: dict[str, Any] = check_json("metadata", cast("object", value))
     return copy
+
+
+# One converter per option, with the types that a caller may give: mypy and pyright read them here.
+
+
+def _queue(value: str | None) -> str | None:
+    return None if value is None else check_queue(value)
+
+
+def _priority(value: int | None) -> int | None:
+    return None if value is None else _whole("priority", value, 4, " (1 runs first)")
+
+
+def _max_attempts(value: int | None) -> int | None:
+    return None if value is None else _whole("max_attempts", value, MAX_ATTEMPTS)
+
+
+def _tags(value: Sequence[str] | None) -> Sequence[str] | None:
+    return None if value is None else _check_tags(value)
+
+
+def _metadata(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if value is None else _check_metadata(value)
+
+
+def _scheduled_at(value: datetime | timedelta | None) -> datetime | timedelta | None:
+    return None if value is None else check_when("scheduled_at", value)
+
+
+def _pending(value: bool | None) -> bool | None:
+    return None if value is None else _check_flag("pending", value)
 
 
 class OptionWords(TypedDict, total=False):
@@ -213,15 +236,13 @@ class InsertOptions:
         InvalidOptionError: at construction, naming the option, its value and its rule.
     """
 
-    queue: str | None = attrs.field(default=None, converter=_optional(check_queue))
-    priority: int | None = attrs.field(default=None, converter=_whole("priority", 1, 4, " (1 runs first)"))
-    max_attempts: int | None = attrs.field(default=None, converter=_whole("max_attempts", 1, MAX_ATTEMPTS, ""))
-    tags: Sequence[str] | None = attrs.field(default=None, converter=_optional(_tags))
-    metadata: Mapping[str, Any] | None = attrs.field(default=None, converter=_optional(_metadata))
-    scheduled_at: datetime | timedelta | None = attrs.field(
-        default=None, converter=_optional(lambda value: check_when("scheduled_at", value))
-    )
-    pending: bool | None = attrs.field(default=None, converter=_flag("pending"))
+    queue: str | None = attrs.field(default=None, converter=_queue)
+    priority: int | None = attrs.field(default=None, converter=_priority)
+    max_attempts: int | None = attrs.field(default=None, converter=_max_attempts)
+    tags: Sequence[str] | None = attrs.field(default=None, converter=_tags)
+    metadata: Mapping[str, Any] | None = attrs.field(default=None, converter=_metadata)
+    scheduled_at: datetime | timedelta | None = attrs.field(default=None, converter=_scheduled_at)
+    pending: bool | None = attrs.field(default=None, converter=_pending)
 
     def over(self, other: "InsertOptions") -> "InsertOptions":
         """These options, and *other* wherever these say nothing."""

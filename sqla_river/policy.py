@@ -25,6 +25,16 @@ def _positive(_: object, field: "attrs.Attribute[timedelta]", value: object) -> 
         raise InvalidOptionError(field.name, f"{field.name} must not be negative, got {value}")
 
 
+def _factor(_: object, field: "attrs.Attribute[float]", value: object) -> None:
+    if not (isinstance(value, int | float) and 1 <= value < math.inf):
+        raise InvalidOptionError(field.name, f"{field.name} must be 1 or more, got {value!r}")
+
+
+def _fraction(_: object, field: "attrs.Attribute[float]", value: object) -> None:
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise InvalidOptionError(field.name, f"{field.name} must be 0..1, got {value!r}")
+
+
 def _bounded(base: float, exponent: float, factor: float, longest: timedelta, jitter: float) -> timedelta:
     """``base * factor ** exponent`` seconds, spread by +-*jitter*, at most *longest*; compared by logarithms, so nothing overflows."""
     cap = longest.total_seconds()
@@ -48,15 +58,9 @@ class Exponential:
     """
 
     base: timedelta = attrs.field(validator=_positive)
-    factor: float = 2
+    factor: float = attrs.field(default=2.0, validator=_factor)
     max: timedelta = attrs.field(default=LONGEST_RETRY, validator=_positive)
-    jitter: float = 0
-
-    def __attrs_post_init__(self) -> None:
-        if not (isinstance(self.factor, int | float) and 1 <= self.factor < math.inf):
-            raise InvalidOptionError("factor", f"factor must be 1 or more, got {self.factor!r}")
-        if not (isinstance(self.jitter, int | float) and 0 <= self.jitter <= 1):
-            raise InvalidOptionError("jitter", f"jitter must be 0..1, got {self.jitter!r}")
+    jitter: float = attrs.field(default=0.0, validator=_fraction)
 
     def delay(self, attempt: int, /) -> timedelta:
         return _bounded(self.base.total_seconds(), max(attempt, 1) - 1, self.factor, self.max, self.jitter)

@@ -1,19 +1,21 @@
 """`River`: the settings, and the verbs of a client."""
 
-from typing import Any, Generic, TypeVar, Unpack, overload
+from datetime import timedelta
+from typing import Any, Generic, TypeVar, Unpack, cast, overload
 
-from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy import Connection
+from sqlalchemy import Engine
 
-from sqla_river import insert
+from sqla_river import admin, insert, wait
+from sqla_river.admin import Changed, Filter
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
 from sqla_river.config import NotifyMode, Settings
 from sqla_river.errors import ConfigError
-from sqla_river.insert import Inserted, Items
+from sqla_river.insert import AnySession, Inserted, Items
 from sqla_river.models import Job, JobMixin
 from sqla_river.options import NOTHING_SAID, InsertOptions, OptionWords, said_in
 
 J = TypeVar("J", bound=JobMixin)
+K = TypeVar("K", bound=JobMixin)
 
 
 class River(Generic[J]):
@@ -56,9 +58,9 @@ class River(Generic[J]):
         self.job_class: type[J] = job_class
 
     @classmethod
-    def of(cls, job_class: type[J]) -> "River[J]":
+    def of(cls, job_class: type[K]) -> "River[K]":
         """The River of *job_class*, whatever settings it has or will have."""
-        river: River[J] = cls.__new__(cls)
+        river = cast("River[K]", cls.__new__(cls))
         river.job_class = job_class
         return river
 
@@ -69,7 +71,7 @@ class River(Generic[J]):
 
     def enqueue(
         self,
-        session: Session | scoped_session[Any] | Connection,
+        session: AnySession,
         args: JobArgs,
         **options: Unpack[OptionWords],
     ) -> J:
@@ -95,7 +97,7 @@ class River(Generic[J]):
         return insert.enqueue(session, args, said_in(options), self.job_class)
 
     def enqueue_many(
-        self, session: Session | scoped_session[Any] | Connection, items: Items, *, returning: bool = False
+        self, session: AnySession, items: Items, *, returning: bool = False
     ) -> Inserted:
         """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, one round trip each.
 
@@ -112,6 +114,48 @@ class River(Generic[J]):
         return insert.enqueue_many(session, items, self.job_class, returning=returning)
 
 
+    @overload
+    def cancel(self, session: AnySession, which: int) -> J: ...
+    @overload
+    def cancel(self, session: AnySession, which: Filter) -> Changed: ...
+    def cancel(self, session: AnySession, which: int | Filter) -> J | Changed:
+        """Cancel one job by its id, or those that a ``select(Job)``, or a condition on it, chooses. Part of the caller's transaction.
+
+        What does not run is cancelled at once. What runs is marked, and its handler told when this commits: within milliseconds,
+        or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler that completes all the
+        same stays completed (River's rule). A finished job is left as it is.
+
+        Returns:
+            The Job as it stands now; for many, how many were changed, and why others were left.
+
+        Raises:
+            JobNotFoundError: no job has that id.
+        """
+        if isinstance(which, int):
+            return admin.cancel_one(session, which, self.job_class)
+        return admin.cancel_many(session, which, self.job_class)
+
+    def wait_for(self, session: AnySession | Engine, job_id: int, *, timeout: timedelta | None = None) -> J:
+        """Wait until a job is completed, cancelled or discarded; the Job, detached, as it stands then.
+
+        It looks on connections of its own, first after 20 ms, then in pauses that double up to 500 ms; at once where this very
+        process finishes the job.
+
+        Args:
+            session: a Session or Connection, or the Engine.
+            job_id: the job's.
+            timeout: None waits for ever.
+
+        Raises:
+            WaitTimeoutError: the job goes on.
+            JobNotFoundError: no such job, or it was deleted meanwhile.
+            UncommittedJobError: the job is not committed yet in that very session, so waiting would be for ever.
+        """
+        return wait.wait_for(session, job_id, self.job_class, timeout)
+
+
 _river = River.of(Job)
 enqueue = _river.enqueue
 enqueue_many = _river.enqueue_many
+cancel = _river.cancel
+wait_for = _river.wait_for

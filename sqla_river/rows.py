@@ -12,6 +12,10 @@ ANNOUNCED_AHEAD: Final = timedelta(seconds=5)
 """A job that is due this soon is announced, so that the woken runner reads the next due time again."""
 
 
+EXPIRES_KEY: Final = "sqla_river:expires_at"
+"""Where a job's expiry stands in its metadata, in seconds of the epoch."""
+
+
 class Place(NamedTuple):
     """Where a new job starts: its state, its time (None is the database's now()), and whether runners should hear of it."""
 
@@ -66,6 +70,7 @@ class JobRow(NamedTuple):
     priority: int
     args: str
     metadata: str
+    expired: bool | None
     token: str
 
 
@@ -75,5 +80,7 @@ class Result(NamedTuple):
     job: JobRow
     transition: Transition
     seconds: float = 0.0
-    settled: bool = False
-    """True when the row change is committed already, with the handler's own transaction."""
+    settled: JobState | None = None
+    """The state that the job came to, where the row change is committed already with the handler's own transaction."""
+    error: BaseException | None = None
+    """What ended the attempt, if it failed."""

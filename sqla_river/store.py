@@ -1,5 +1,6 @@
 """The door for statements: which schema they mean, and the connections that a runner keeps for itself."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -9,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_river import statements
 from sqla_river.errors import WrongDatabaseError
+from sqla_river.states import Transition
 
 _now: WeakKeyDictionary[RootTransaction, Any] = WeakKeyDictionary()
 
@@ -56,6 +58,12 @@ def transaction_now(connection: Connection) -> Any:
     if now is None:
         now = _now[root] = connection.execute(statements.SELECT_NOW).scalar_one()
     return now
+
+
+def error_json(transition: Transition) -> str | None:
+    """The error of *transition* as it is sent: River's shape but for ``at``, which the database adds."""
+    error = transition.error
+    return None if error is None else json.dumps({"attempt": error.attempt, "error": error.error, "trace": error.trace})
 
 
 STATEMENT_TIMEOUT_SECONDS: Final = 30

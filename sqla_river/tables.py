@@ -57,12 +57,11 @@ class StateMask(TypeDecorator[frozenset[JobState]]):
 
 def state_type(schema: str | None) -> Enum:
     """A fresh type for each table: an Enum that is shared, or copied by a mixin, loses its schema."""
-    return Enum(
-        JobState,
-        name="river_job_state",
-        schema=schema,
-        values_callable=lambda states: [state.value for state in states],
-    )
+    return Enum(JobState, name="river_job_state", schema=schema, values_callable=_labels)
+
+
+def _labels(states: type[JobState]) -> list[str]:
+    return [state.value for state in states]
 
 
 def job_table(metadata: MetaData, schema: str | None = None) -> Table:

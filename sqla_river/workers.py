@@ -1,9 +1,9 @@
 """`Workers`: which handler works which kind."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload
 
 import attrs
 
@@ -14,18 +14,35 @@ from sqla_river.options import check_kind
 from sqla_river.outcomes import Cancel, Snooze
 from sqla_river.policy import RetryPolicy
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
 Outcome = Snooze | Cancel | None
 Retry = RetryPolicy | Callable[[JobContext[Any]], timedelta | Cancel]
 """A policy object, or a callable of the job whose ``job.error`` is the exception that ended the attempt."""
 
 A = TypeVar("A", bound=JobArgs)
-R = TypeVar("R", bound=Outcome)
+R = TypeVar("R", bound=Outcome | Awaitable[Outcome])
+O = TypeVar("O", bound=Outcome)  # noqa: E741
+C = TypeVar("C", bound=Awaitable[Outcome])
+S = TypeVar("S", bound="Session")
+AS = TypeVar("AS", bound="AsyncSession")
 
 
 class Registers(Protocol[A]):
     """The decorator that `Workers.register` gives: it hands the function back as it was."""
 
     def __call__(self, handler: Callable[[JobContext[A]], R], /) -> Callable[[JobContext[A]], R]: ...
+
+
+class RegistersTransactional(Protocol[A]):
+    """The same for ``transactional=True``: the handler takes a Session too, an async one an AsyncSession."""
+
+    @overload
+    def __call__(self, handler: Callable[[JobContext[A], S], O], /) -> Callable[[JobContext[A], S], O]: ...
+    @overload
+    def __call__(self, handler: Callable[[JobContext[A], AS], C], /) -> Callable[[JobContext[A], AS], C]: ...
 
 
 @attrs.frozen
@@ -37,6 +54,8 @@ class Worker:
     handler: Callable[..., Any]
     timeout: timedelta | None = None
     retry: Retry | None = None
+    transactional: bool = False
+    is_async: bool = False
 
 
 class Workers:
@@ -49,38 +68,70 @@ class Workers:
 
         @workers.register(SendSMS, timeout=timedelta(seconds=10))
         def send_sms(job: JobContext[SendSMS]) -> None: ...
+
+
+        @workers.register(AddPoints, transactional=True)
+        def add_points(job: JobContext[AddPoints], session: Session) -> None: ...
     """
 
     def __init__(self) -> None:
         self._by_kind: dict[str, Worker] = {}
 
+    @overload
     def register(
         self,
         args: type[A],
         *,
+        transactional: Literal[False] = False,
         timeout: timedelta | None = None,
         retry: Retry | None = None,
         kind_aliases: tuple[str, ...] = (),
-    ) -> Registers[A]:
-        """Work jobs of *args*'s kind with the decorated function.
+    ) -> Registers[A]: ...
+    @overload
+    def register(
+        self,
+        args: type[A],
+        *,
+        transactional: Literal[True],
+        timeout: timedelta | None = None,
+        retry: Retry | None = None,
+        kind_aliases: tuple[str, ...] = (),
+    ) -> RegistersTransactional[A]: ...
+    def register(
+        self,
+        args: type[Any],
+        *,
+        transactional: bool = False,
+        timeout: timedelta | None = None,
+        retry: Retry | None = None,
+        kind_aliases: tuple[str, ...] = (),
+    ) -> Any:
+        """Work jobs of *args*'s kind with the decorated function, plain (in a thread) or ``async`` (on the runner's event loop).
+
+        It returns nothing, or `Snooze`, or `Cancel`; an exception means that the attempt failed.
 
         Args:
             args: the args class; ``job.args`` is an instance of it.
-            timeout: from the start of the handler; then ``job.cancelled`` is set. None is the runner's.
+            transactional: hand the function a Session as well (an AsyncSession to an async one). What it writes there and the
+                job's completion commit together: exactly once. Its commit() only flushes, its rollback() fails the attempt.
+                A COMMIT through the driver itself is out of reach, and not supported.
+            timeout: from the start of the function; then ``job.cancelled`` is set, an async one gets CancelledError. None is the
+                runner's.
             retry: when a failed attempt is tried again; None is the runner's policy.
             kind_aliases: other kinds that mean the same: a rename in the course of a rolling deploy.
 
         Raises:
-            RegistrationError: a kind that has a worker already, a handler that cannot be called so, a timeout of zero or less.
+            RegistrationError: a kind that has a worker already, a function that cannot be called so, a timeout of zero or less.
         """
         kind = check_kind(kind_of(args))
         if timeout is not None and timeout <= timedelta(0):
             raise RegistrationError(f"timeout of kind {kind!r} must be more than zero, got {timeout}; leave it out for the runner's")
 
-        def register(handler: Callable[[JobContext[A]], R], /) -> Callable[[JobContext[A]], R]:
-            if inspect.iscoroutinefunction(handler):
-                raise RegistrationError(f"the handler of kind {kind!r} is an async function, and only plain ones are worked so far")
-            self._add([Worker(each, args, handler, timeout, retry) for each in (kind, *map(check_kind, kind_aliases))])
+        def register(handler: Callable[..., Any], /) -> Callable[..., Any]:
+            _check_call(kind, handler, 2 if transactional else 1)
+            is_async = inspect.iscoroutinefunction(handler)
+            kinds = (kind, *map(check_kind, kind_aliases))
+            self._add([Worker(each, args, handler, timeout, retry, transactional, is_async) for each in kinds])
             return handler
 
         return register
@@ -115,3 +166,15 @@ class Workers:
 
     def __len__(self) -> int:
         return len(self._by_kind)
+
+
+def _check_call(kind: str, handler: Callable[..., Any], given: int) -> None:
+    """Raise where *handler* cannot be called with so many positional arguments: better here than in every attempt."""
+    try:
+        inspect.signature(handler).bind(*range(given))
+    except TypeError as error:
+        takes = "(job, session)" if given == 2 else "(job)"  # noqa: PLR2004
+        name = getattr(handler, "__qualname__", handler)
+        raise RegistrationError(f"{name} works kind {kind!r} and must be callable as {takes}: {error}") from None
+    except ValueError:
+        pass  # a builtin without a signature

@@ -34,6 +34,7 @@ def plan_upgrade(found: Look, *, big: bool, to: int | None = None, more: Mapping
     wanted |= more or {}
     wrong = [name for name, columns in wanted.items() if name in found.indexes and not found.has_index(name, columns)]
     missing = {name: columns for name, columns in wanted.items() if not found.has_index(name, columns)}
+    since = 0 if _is_damaged(found) else found.version
     before: list[str] = []
     if "river_job" in found.tables:
         for number in range(found.version + 1, last + 1):
@@ -42,13 +43,12 @@ def plan_upgrade(found: Look, *, big: bool, to: int | None = None, more: Mapping
                 for label in VERSIONS[number].labels
             ]
         if big:
-            for number in range(found.version + 1, last + 1):
+            for number in range(since + 1, last + 1):
                 before += VERSIONS[number].prepare
                 before += [patiently(*change) for change in VERSIONS[number].changes]
             before += [f"DROP INDEX CONCURRENTLY IF EXISTS {{s}}{name}" for name in wrong]
             before += [create_index(name, columns, "CONCURRENTLY IF NOT EXISTS ") for name, columns in missing.items()]
             before += [f"DROP INDEX CONCURRENTLY IF EXISTS {{s}}{name}" for name in gone if name in found.indexes]
-    since = 0 if _is_damaged(found) else found.version
     later = wanted if since >= last else (more or {})
     inside = (
         *filled(found.schema, [] if big else [f"DROP INDEX {{s}}{name}" for name in wrong]),

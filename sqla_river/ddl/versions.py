@@ -34,6 +34,8 @@ TABLES: Final = (
     "river_duty",
     "river_suspect",
 )
+RIVER_RETIRED: Final = ("river_client", "river_client_queue")
+"""Tables of River's versions 5 and 6, which it never used and dropped in 7. So do we, if they are empty."""
 LABELS: Final = ("available", "cancelled", "completed", "discarded", "pending", "retryable", "running", "scheduled")
 
 INDEXES: Final = {

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Final
 
+from sqlalchemy.exc import DBAPIError
+
 from sqla_river.options import Retention
 from sqla_river.statements import (
     DELETE_GONE_RUNNERS,
@@ -31,8 +33,15 @@ class Prune:
         return bool(self._batches)
 
     def do(self, own: OwnConnection) -> bool:
-        deleted = [own.execute(PRUNE[state], parameters).rowcount for state, parameters in self._batches]
-        return any(count >= BATCH for count in deleted)
+        more, failed = False, None
+        for state, parameters in self._batches:
+            try:
+                more = own.execute(PRUNE[state], parameters).rowcount >= BATCH or more
+            except DBAPIError as error:  # one state or queue that cannot be pruned keeps no other
+                failed = error
+        if failed is not None:
+            raise failed
+        return more
 
 
 def _batches(retention: Retention) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,10 +3,10 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqla_river.statements import DELETE_CLEARED, INSERT_LOST_RUNNERS, POSTPONE_DUTY, RESCUE_STUCK
+from sqla_river.statements import DELETE_CLEARED, INSERT_LOST_RUNNERS, POSTPONE_DUTY, RESCUE_STUCK, RESET_AHEAD
 from sqla_river.store import OwnConnection
 
 log: Final = logging.getLogger(__name__)
@@ -19,8 +19,9 @@ class Rescue:
     """Jobs whose owner's lease has run out become available at once, whatever their kind and attempt.
 
     Args:
-        entitled: whether this runner has kept its own heartbeat for a whole lease: after an outage of the database nobody may
-            take everybody else for dead.
+        until: until when, by the database's clock, this runner may do it; None if it may not. It must have kept its own heartbeat
+            for a whole lease: after an outage of the database nobody may take everybody else for dead, and a statement that
+            arrives only after the outage must find nobody.
         rescued: told of what was freed: id, queue, kind, state, suspect.
     """
 
@@ -28,15 +29,22 @@ class Rescue:
     every = timedelta(seconds=5)
 
     def __init__(
-        self, entitled: Callable[[], bool], rescued: Callable[[Sequence[Any]], None], every: timedelta | None = None
+        self,
+        until: Callable[[], datetime | None],
+        rescued: Callable[[Sequence[Any]], None],
+        every: timedelta | None = None,
     ) -> None:
-        self.entitled = entitled
+        self._until = until
         self._rescued = rescued
         self.every = every if every is not None else self.every
 
+    def entitled(self) -> bool:
+        return self._until() is not None
+
     def do(self, own: OwnConnection) -> bool:
         own.execute(INSERT_LOST_RUNNERS)
-        freed = own.execute(RESCUE_STUCK, {"p_schema": own.schema}).all()
+        own.execute(RESET_AHEAD)
+        freed = own.execute(RESCUE_STUCK, {"p_schema": own.schema, "p_until": self._until()}).all()
         if freed:
             log.warning(
                 "freed %d jobs of runners whose lease ran out: %s",

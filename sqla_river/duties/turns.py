@@ -18,6 +18,8 @@ _JITTER: Final = 0.25
 """Seconds over which the runners of a fleet spread their looks."""
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 60.0
+_FAR: Final = 300.0
+"""Seconds: the longest that a duty is postponed, unless its own interval is longer; as CLAIM_DUTY says."""
 
 
 class Duty(Protocol):
@@ -36,40 +38,52 @@ class Duty(Protocol):
 
 
 class Turns:
-    """The duties of one runner; `step` is what its thread repeats."""
+    """The duties of one runner; `step` is what its thread repeats.
+
+    Args:
+        own: its connection.
+        duties: the most urgent first.
+    """
 
     def __init__(self, own: OwnConnection, duties: Sequence[Duty]) -> None:
         self._own = own
         self._duties = {duty.name: duty for duty in duties}
-        self._unfinished: list[Duty] = []
+        self._unfinished: set[str] = set()
         self._failures: dict[str, int] = {}
-        self._known = False
-        self.done_ago: dict[str, float | None] = {}
-        """Seconds since each duty last succeeded anywhere, as read at the last look; None if it never did."""
+        self._done: dict[str, tuple[float, float] | None] = {}
+
+    def ages(self) -> dict[str, timedelta | None]:
+        """How long ago each of this runner's duties last succeeded, wherever that was; None where it never did, as far as is known.
+
+        It grows while this loop stands still. A duty that nobody has to do (no suspects, nothing to prune) has no age.
+        """
+        now = time.monotonic()
+        found = {name: self._done.get(name) for name in self._duties}
+        return {name: timedelta(seconds=now - done[0] + done[1]) if done else None for name, done in found.items()}
 
     def step(self) -> float:
         """Do a batch of each duty that is this runner's turn; seconds until the next look."""
-        if not self._known:
+        rows = {row.name: row for row in self._own.execute(SELECT_DUTIES).all()}
+        now = time.monotonic()
+        self._done = {name: None if row.done_ago is None else (now, row.done_ago) for name, row in rows.items()}
+        if any(name not in rows for name in self._duties):
             self._own.execute(INSERT_DUTIES, {"p_names": list(self._duties)})
-            self._known = True
+            return 0.0
         soonest = _LONGEST_LOOK
-        for name, due_in, done_ago in self._own.execute(SELECT_DUTIES).all():
-            self.done_ago[name] = done_ago
-            duty = self._duties.get(name)
-            if duty is None or duty in self._unfinished:
-                continue
-            if due_in > 0:
-                soonest = min(soonest, due_in)
-            elif not duty.entitled():
+        # What is not done when this raises is somebody's next turn: a duty is taken up again only by a new claim.
+        unfinished, self._unfinished = self._unfinished, set()
+        for name, duty in self._duties.items():
+            due_in = rows[name].due_in
+            if not duty.entitled():
                 soonest = min(soonest, duty.every.total_seconds())
-            elif self._claim(duty):
-                self._unfinished.append(duty)
-        self._unfinished = [duty for duty in self._unfinished if self._do(duty)]
+            elif name in unfinished or (_is_due(duty, due_in) and self._claim(duty)):
+                if self._do(duty):
+                    self._unfinished.add(name)
+                else:
+                    soonest = min(soonest, duty.every.total_seconds(), self._pause(name))
+            elif due_in > 0:
+                soonest = min(soonest, due_in)
         return 0.0 if self._unfinished else soonest + random.uniform(0, _JITTER) * min(soonest, 1.0)  # noqa: S311
-
-    def postpone(self, name: str, after: timedelta) -> None:
-        """Make the duty *name* due *after* from now, wherever it stands. Called in this loop's thread only."""
-        self._own.execute(POSTPONE_DUTY, {"p_name": name, "p_after": after})
 
     def _claim(self, duty: Duty) -> bool:
         return self._own.execute(CLAIM_DUTY, {"p_name": duty.name, "p_every": duty.every}).first() is not None
@@ -82,17 +96,27 @@ class Turns:
             if not more:
                 self._own.execute(FINISH_DUTY, {"p_name": duty.name})
         except Exception as error:  # noqa: BLE001 - a failing duty stops no other
-            failures = self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
-            pause = min(_LONGEST_RETRY, _FIRST_RETRY * 2.0 ** min(failures - 1, 10))
+            self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
+            pause = self._pause(duty.name)
             log.warning(
                 "duty %s failed (%d in a row) after %.1f s: %s; due again in %.0f s",
                 duty.name,
-                failures,
+                self._failures[duty.name],
                 time.monotonic() - began,
                 str(error).partition("\n")[0],
                 pause,
             )
-            self.postpone(duty.name, timedelta(seconds=pause))
+            self._own.execute(POSTPONE_DUTY, {"p_name": duty.name, "p_after": timedelta(seconds=pause)})
             return False
         self._failures.pop(duty.name, None)
         return more
+
+    def _pause(self, name: str) -> float:
+        """Seconds until the duty *name* is tried again, if it failed; else a long time."""
+        failures = self._failures.get(name, 0)
+        return min(_LONGEST_RETRY, _FIRST_RETRY * 2.0 ** min(failures - 1, 10)) if failures else _LONGEST_RETRY
+
+
+def _is_due(duty: Duty, due_in: float) -> bool:
+    """Due by now; or further ahead than it can be, so that the database's clock was set back."""
+    return due_in <= 0 or due_in > max(duty.every.total_seconds(), _FAR)

@@ -4,7 +4,8 @@ Each is built once over the schema-less tables and runs under a ``schema_transla
 parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
 """
 
-from sqla_river.statements.complete import COMPLETE_JOBS, SELECT_HELD, SETTLE_JOBS
+from sqla_river.statements.admin import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES
+from sqla_river.statements.complete import COMPLETE_JOBS, SELECT_HELD, SELECT_OUTCOME, SETTLE_JOB, SETTLE_JOBS
 from sqla_river.statements.due import SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
@@ -19,6 +20,7 @@ from sqla_river.statements.duties import (
     PRUNE_COMPLETED,
     PRUNE_DISCARDED,
     RESCUE_STUCK,
+    RESET_AHEAD,
     SELECT_DUTIES,
 )
 from sqla_river.statements.fetch import (
@@ -51,6 +53,8 @@ from sqla_river.statements.runner import (
 from sqla_river.statements.schema import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_IS_TABLE, SELECT_VERSIONS
 
 __all__ = [
+    "CANCEL_JOB",
+    "CANCEL_JOBS",
     "CLAIM_DUTY",
     "CLEAR_ALONE",
     "COMPLETE_JOBS",
@@ -79,6 +83,7 @@ __all__ = [
     "REFRESH_LONG",
     "RESCUE_STUCK",
     "RESERVE_IDS",
+    "RESET_AHEAD",
     "SCHEDULE_DUE",
     "SELECT_CURRENT_SCHEMA",
     "SELECT_DUTIES",
@@ -88,8 +93,11 @@ __all__ = [
     "SELECT_LOST",
     "SELECT_NEXT_DUE",
     "SELECT_NOW",
+    "SELECT_OUTCOME",
     "SELECT_OWN",
+    "SELECT_STATES",
     "SELECT_VERSIONS",
+    "SETTLE_JOB",
     "SETTLE_JOBS",
     "UPSERT_QUEUES",
     "UPSERT_RUNNER",

@@ -1,5 +1,6 @@
 """Writing results, under the fence."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -9,6 +10,7 @@ from sqlalchemy import (
     Interval,
     Text,
     and_,
+    bindparam,
     case,
     cast,
     column,
@@ -85,49 +87,72 @@ _given: Final = (
     .render_derived(name="given")
 )
 _locked: Final = (
-    select(_given)
+    select(literal_column("w.ctid").label("at"), _given)
     .select_from(_given.join(w, w.c.id == _given.c.id))
     .where(fence(w, _given.c.token))
     .order_by(w.c.id)
     .with_for_update(skip_locked=True, of=w)
     .cte("locked")
 )
-# A cancel asked while the job ran wins over everything but an end: however short the delay, the job never runs again.
-_wished: Final = case(
-    (
-        and_(CANCEL_ASKED, _locked.c.state.in_([AVAILABLE, state("scheduled"), state("retryable")])),
-        state("cancelled"),
-    ),
-    else_=_locked.c.state,
-)
-_finalized: Final = _wished.in_([state("cancelled"), state("completed"), state("discarded")])
-_snoozes: Final[ColumnElement[Any]] = literal_column(
-    "CASE WHEN locked.snoozed > 0 THEN jsonb_build_object('snoozes', "
-    "CASE WHEN jsonb_typeof(river_job.metadata->'snoozes') = 'number' "
-    "THEN (river_job.metadata->>'snoozes')::numeric ELSE 0 END + 1) ELSE '{}'::jsonb END"
-)
-_staged: Final = cast(func.coalesce(_locked.c.metadata, literal_column("'{}'")), JSONB)
-_error: Final = func.jsonb_build_object(literal_column("'at'"), STARTED_AT).op("||")(cast(_locked.c.error, JSONB))
 
-# Caller: complete.py for every other result, and for a transactional job. Index and locks as COMPLETE_JOBS. Errors keep River's shape, `at`
-# is the start of the attempt; the last 25 stay. Source of the rules: River JobSetStateIfRunningMany.
+
+def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
+    """What becomes of a running job. Errors keep River's shape, `at` is the start of the attempt; the last 25 stay.
+
+    Source of the rules: River JobSetStateIfRunningMany.
+    """
+    # A cancel asked while the job ran wins over everything but an end: however short the delay, the job never runs again.
+    unfinished = given["state"].in_([AVAILABLE, state("scheduled"), state("retryable")])
+    to = case((and_(CANCEL_ASKED, unfinished), state("cancelled")), else_=given["state"])
+    finalized = to.in_([state("cancelled"), state("completed"), state("discarded")])
+    back = func.greatest(job.c.attempt - given["back"], literal_column("0"))
+    error = func.jsonb_build_object(literal_column("'at'"), STARTED_AT).op("||")(cast(given["error"], JSONB))
+    counted: ColumnElement[Any] = literal_column(
+        "jsonb_build_object('snoozes', CASE WHEN jsonb_typeof(river_job.metadata->'snoozes') = 'number' "
+        "THEN (river_job.metadata->>'snoozes')::numeric ELSE 0 END + 1)"
+    )
+    snoozes = case((given["snoozed"] > literal_column("0"), counted), else_=literal_column("'{}'::jsonb"))
+    staged = cast(func.coalesce(given["metadata"], literal_column("'{}'")), JSONB)
+    return {
+        "state": cast(to, job.c.state.type),
+        "finalized_at": case((finalized, NOW)),
+        "attempt": case((to == given["state"], back), else_=job.c.attempt),
+        "scheduled_at": case(
+            (or_(given["delay"].is_(None), finalized), job.c.scheduled_at), else_=NOW + given["delay"]
+        ),
+        "errors": case((given["error"].is_not(None), appended("errors", KEPT_ERRORS, error)), else_=job.c.errors),
+        "metadata_": METADATA.op("||")(snoozes).op("||")(staged),
+    }
+
+
+# Caller: complete.py for every other result. Index and locks as COMPLETE_JOBS.
 SETTLE_JOBS: Final = (
     update(job)
-    .where(job.c.id == _locked.c.id, STATE_TEXT == RUNNING)
-    .values(
-        state=cast(_wished, job.c.state.type),
-        finalized_at=case((_finalized, NOW)),
-        attempt=case(
-            (_wished == _locked.c.state, func.greatest(job.c.attempt - _locked.c.back, literal_column("0"))),
-            else_=job.c.attempt,
-        ),
-        scheduled_at=case(
-            (or_(_locked.c.delay.is_(None), _finalized), job.c.scheduled_at), else_=NOW + _locked.c.delay
-        ),
-        errors=case((_locked.c.error.is_not(None), appended("errors", KEPT_ERRORS, _error)), else_=job.c.errors),
-        metadata_=METADATA.op("||")(_snoozes).op("||")(_staged),
-    )
+    .where(CTID == _locked.c.at, job.c.id == _locked.c.id, STATE_TEXT == RUNNING)
+    .values(**_settled(dict(_locked.c)))
     .returning(job.c.id, cast(job.c.state, Text))
+)
+
+_one: Final = {
+    "state": bindparam("p_state", type_=Text),
+    "back": bindparam("p_back", type_=Integer),
+    "delay": cast(bindparam("p_delay", type_=Interval), Interval),
+    "error": bindparam("p_error", type_=Text),
+    "metadata": bindparam("p_metadata", type_=Text),
+    "snoozed": bindparam("p_snoozed", type_=Integer),
+}
+_held: Final = and_(job.c.id == bindparam("p_id", type_=BigInteger), fence(job, bindparam("p_token", type_=Text)))
+
+# Caller: settle.py, as the last statement of a transactional job, on the handler's own connection. Index: river_job_pkey. Locks: one row,
+# waited for.
+SETTLE_JOB: Final = update(job).where(_held).values(**_settled(_one)).returning(cast(job.c.state, Text))
+
+# Caller: settle.py, when the reply to the COMMIT of a transactional job was lost. It waits for a server that is still committing: a plain read
+# would say running.
+SELECT_OUTCOME: Final = (
+    select(STATE_TEXT)
+    .where(job.c.id == bindparam("p_id", type_=BigInteger), LAST_TOKEN == bindparam("p_token", type_=Text))
+    .with_for_update()
 )
 
 # Caller: complete.py, for ids that did not come back. Running: locked by somebody. Another state under our token: written by an earlier try

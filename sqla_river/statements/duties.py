@@ -17,6 +17,7 @@ from sqlalchemy import (
     extract,
     func,
     literal_column,
+    null,
     or_,
     select,
     update,
@@ -29,6 +30,7 @@ from sqla_river.statements.words import (
     CTID,
     KEPT_ERRORS,
     METADATA,
+    MOMENT,
     NOW,
     RUNNING,
     STARTED_AT,
@@ -36,16 +38,19 @@ from sqla_river.statements.words import (
     SUSPICIOUS,
     appended,
     array_of,
+    holds_key,
     job,
     notification,
     state,
     w,
+    would_take_key,
 )
 from sqla_river.tables import river_duty, river_queue, river_runner, river_suspect
 
 # ---- claiming ---------------------------------------------------------------------------------------------------------
 
 _name: Final = bindparam("p_name", type_=Text)
+_every: Final = bindparam("p_every", type_=Interval)
 _names: Final = func.unnest(array_of("p_names", Text)).table_valued(column("name", Text)).render_derived(name="names")
 
 # Caller: duties, once per start. A duty's row is made by whoever first knows the duty.
@@ -62,11 +67,18 @@ SELECT_DUTIES: Final = select(
     cast(extract("epoch", func.clock_timestamp() - river_duty.c.done_at), Double).label("done_ago"),
 )
 
-# Caller: duties. Whoever changes the row does the duty; nobody is elected, and two who do it at once do no harm.
+# Caller: duties. Whoever changes the row does the duty; nobody is elected, and two who do it at once do no harm. One that is due further
+# ahead than it can be was postponed before the database's clock was set back.
 CLAIM_DUTY: Final = (
     update(river_duty)
-    .where(river_duty.c.name == _name, river_duty.c.due_at <= NOW)
-    .values(due_at=NOW + bindparam("p_every", type_=Interval))
+    .where(
+        river_duty.c.name == _name,
+        or_(
+            river_duty.c.due_at <= NOW,
+            river_duty.c.due_at > NOW + func.greatest(_every, literal_column("interval '5 minutes'")),
+        ),
+    )
+    .values(due_at=NOW + _every)
     .returning(river_duty.c.name)
 )
 FINISH_DUTY: Final = update(river_duty).where(river_duty.c.name == _name).values(done_at=NOW)
@@ -108,18 +120,25 @@ INSERT_LOST_RUNNERS: Final = (
     .on_conflict_do_nothing()
 )
 
+# Caller: duties/rescue.py, before RESCUE_STUCK. A heartbeat from the future was written before the database's clock was set back: without
+# this the runner, should it be dead, would live until then.
+RESET_AHEAD: Final = (
+    update(river_runner).where(river_runner.c.heartbeat_at > NOW + river_runner.c.lease).values(heartbeat_at=NOW)
+)
+
+_entitled: Final = NOW <= bindparam("p_until", type_=MOMENT)
 _dead: Final = (
     select(river_runner.c.id, river_runner.c.alone)
-    .where(river_runner.c.heartbeat_at < NOW - river_runner.c.lease)
+    .where(river_runner.c.heartbeat_at < NOW - river_runner.c.lease, _entitled)
     .order_by(river_runner.c.id)
     .with_for_update(skip_locked=True)
     .cte("dead")
 )
 _silent: Final = func.coalesce(w.c.attempted_at, w.c.created_at) < NOW - GO_PATIENCE
 _stuck: Final = (
-    select(w.c.id, _dead.c.id.label("owner"), _dead.c.alone)
+    select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"), _dead.c.id.label("owner"), _dead.c.alone)
     .select_from(w.outerjoin(_dead, _dead.c.id == _owner))
-    .where(w.c.state == RUNNING, or_(_dead.c.id.is_not(None), and_(~_is_ours, _silent)))
+    .where(w.c.state == RUNNING, or_(_dead.c.id.is_not(None), and_(~_is_ours, _silent)), _entitled)
     .order_by(w.c.id)
     .limit(literal_column("1000"))
     .with_for_update(skip_locked=True, of=w)
@@ -148,16 +167,33 @@ _counted: Final = (
     .returning(river_suspect.c.job_id, river_suspect.c.deaths, river_suspect.c.alone)
     .cte("counted")
 )
+_holder: Final = job.alias("holder")
 _sentence: Final = (
-    select(_stuck.c.id, _stuck.c.owner, _counted.c.deaths, _counted.c.alone)
+    select(
+        _stuck.c.id,
+        _stuck.c.owner,
+        _counted.c.deaths,
+        _counted.c.alone,
+        and_(
+            _stuck.c.takes,
+            or_(
+                select(_holder.c.id)
+                .where(holds_key(_holder, _stuck.c.unique_key), _holder.c.id != _stuck.c.id)
+                .correlate(_stuck)
+                .exists(),
+                func.row_number().over(partition_by=_stuck.c.unique_key, order_by=_stuck.c.id) > literal_column("1"),
+            ),
+        ).label("taken"),
+    )
     .select_from(_stuck.outerjoin(_counted, _counted.c.job_id == _stuck.c.id))
     .cte("sentence")
 )
+_taken: Final = func.coalesce(_sentence.c.taken, literal_column("false"))
 _poison: Final = func.coalesce(_sentence.c.alone, literal_column("0")) >= DEATHS_ALONE
 _suspect: Final = func.coalesce(_sentence.c.deaths, literal_column("0")) >= SUSPICIOUS
 _rescued_to: Final = case(
     (CANCEL_ASKED, state("cancelled")),
-    (or_(_poison, job.c.attempt >= job.c.max_attempts), state("discarded")),
+    (or_(_poison, _taken, job.c.attempt >= job.c.max_attempts), state("discarded")),
     else_=AVAILABLE,
 )
 _why: Final = case(
@@ -167,6 +203,7 @@ _why: Final = case(
             "'rescued: its runner died ' || sentence.alone || ' times while this job ran alone in it; discarded'"
         ),
     ),
+    (_taken, literal_column("'rescued: another job holds its unique key by now; discarded'")),
     (_sentence.c.owner.is_(None), literal_column("'rescued: no word of it for an hour'")),
     else_=literal_column("'rescued: the lease of runner ' || sentence.owner || ' ran out'"),
 )
@@ -194,6 +231,7 @@ _rescued: Final = (
         scheduled_at=case((_rescued_to == AVAILABLE, NOW), else_=job.c.scheduled_at),
         errors=appended("errors", KEPT_ERRORS, _error),
         metadata_=METADATA.op("||")(_rescues),
+        unique_states=case((_taken, null()), else_=job.c.unique_states),
     )
     .returning(job.c.id, job.c.queue, job.c.kind, STATE_TEXT.label("state"), _suspect.label("suspect"))
     .cte("rescued")
@@ -229,12 +267,17 @@ RESCUE_STUCK: Final = select(
     select(func.count(_told.c.said)).scalar_subquery(),
 )
 
-# Caller: duties/rescue.py, after it. What has finished is no suspect any more.
+_s: Final = river_suspect.alias("s")
+_cleared: Final = (
+    select(literal_column("s.ctid"))
+    .select_from(_s)
+    .where(~select(w.c.id).where(w.c.id == _s.c.job_id, w.c.finalized_at.is_(None)).correlate(_s).exists())
+    .with_for_update(skip_locked=True, of=_s)
+)
+
+# Caller: duties/rescue.py, after it. What has finished is no suspect any more. Index: river_job_pkey. Locks: none waited for.
 DELETE_CLEARED: Final = delete(river_suspect).where(
-    ~select(job.c.id)
-    .where(job.c.id == river_suspect.c.job_id, job.c.finalized_at.is_(None))
-    .correlate(river_suspect)
-    .exists()
+    literal_column("river_suspect.ctid") == func.any(func.array(_cleared.scalar_subquery()))
 )
 
 # ---- prune, clean -----------------------------------------------------------------------------------------------------
@@ -268,9 +311,18 @@ PRUNE_COMPLETED: Final = _prune("completed")
 PRUNE_CANCELLED: Final = _prune("cancelled")
 PRUNE_DISCARDED: Final = _prune("discarded")
 
+_q: Final = river_queue.alias("q")
+_untouched: Final = (
+    select(literal_column("q.ctid"))
+    .select_from(_q)
+    .where(_q.c.updated_at < NOW - literal_column("interval '24 hours'"), _q.c.paused_at.is_(None))
+    .with_for_update(skip_locked=True, of=_q)
+)
+
 # Caller: duties/prune.py. A queue that nobody touched for 24 h goes, as in River; one that is paused never does, or the pause were forgotten.
+# Locks: the rows it deletes, none waited for, for runners touch theirs in name order; the lock holds what was read.
 DELETE_UNTOUCHED_QUEUES: Final = delete(river_queue).where(
-    river_queue.c.updated_at < NOW - literal_column("interval '24 hours'"), river_queue.c.paused_at.is_(None)
+    literal_column("river_queue.ctid") == func.any(func.array(_untouched.scalar_subquery()))
 )
 
 # Caller: duties/prune.py. A runner's row goes ten leases after its last word, and only when no running job names it.

@@ -6,9 +6,11 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Text,
+    and_,
     bindparam,
     cast,
     column,
+    extract,
     func,
     literal_column,
     null,
@@ -19,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from sqla_river.rows import EXPIRES_KEY
 from sqla_river.statements.words import (
     AVAILABLE,
     CTID,
@@ -36,6 +39,7 @@ from sqla_river.statements.words import (
 )
 from sqla_river.tables import river_queue, river_runner, river_suspect
 
+_expires: Final = job.c.metadata_.op("->")(literal_column(f"'{EXPIRES_KEY}'"))
 WORK_COLUMNS: Final = (
     job.c.id,
     job.c.queue,
@@ -45,6 +49,10 @@ WORK_COLUMNS: Final = (
     job.c.priority,
     cast(job.c.args, Text),
     cast(job.c.metadata_, Text),
+    # Compared as jsonb, which never raises, whatever somebody put there.
+    and_(
+        func.jsonb_typeof(_expires) == literal_column("'number'"), _expires < func.to_jsonb(extract("epoch", NOW))
+    ).label("expired"),
 )
 """What a slot needs, args and metadata as raw text: 8 columns cost 2.1 us a row, all 18 cost 5.7."""
 

@@ -29,7 +29,7 @@ _values: Final = {
     "lease": bindparam("p_lease", type_=Interval),
 }
 
-# Caller: heartbeat.py, every 5 s. One row of its own; started_at stays.
+# Caller: heartbeat.py, every 5 s. One row of its own; started_at stays. It says what the database's clock shows.
 UPSERT_RUNNER: Final = (
     pg_insert(river_runner)
     .values(**_values)
@@ -37,6 +37,7 @@ UPSERT_RUNNER: Final = (
         index_elements=["id"],
         set_={"heartbeat_at": NOW, **{name: _values[name] for name in ("queues", "slots", "lease")}},
     )
+    .returning(NOW)
 )
 
 # Caller: heartbeat.py, after a clean stop. Kept while a running job names the runner: its lease is what frees that job.

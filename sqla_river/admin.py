@@ -1,0 +1,103 @@
+"""The hands of an operator: verbs on jobs that are there already, part of the caller's transaction."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import attrs
+from sqlalchemy import ColumnElement, Connection, Executable, Select, select
+from sqlalchemy.orm import Session
+
+from sqla_river import store
+from sqla_river.errors import JobNotFoundError
+from sqla_river.insert import connect, mark_changed, sync_session
+from sqla_river.models import JobMixin, declared_schema
+from sqla_river.statements import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES
+
+J = TypeVar("J", bound=JobMixin)
+
+BATCH = 1_000
+Filter = Select[Any] | ColumnElement[bool]
+"""``select(Job).where(...)``, or its condition alone."""
+
+
+@attrs.frozen
+class Changed:
+    """What a verb did to many jobs: how many it changed, and why it left the others: finished, running, gone or locked, by id."""
+
+    count: int
+    left: Mapping[int, str] = attrs.field(factory=dict[int, str])
+
+
+def cancel_one(session: Any, job_id: int, job_class: type[J]) -> J:
+    """See `River.cancel`."""
+    plain = sync_session(session)
+    connection = connect(plain, job_class)
+    schema = store.real_schema(connection, declared_schema(job_class))
+    changed = store.execute(connection, schema, CANCEL_JOB, {"p_ids": [job_id], "p_schema": schema}).all()
+    if changed:
+        mark_changed(plain)
+    return load(plain, job_id, job_class)
+
+
+def cancel_many(session: Any, which: Filter, job_class: type[JobMixin]) -> Changed:
+    """See `River.cancel`."""
+    return _change_many(
+        session, which, job_class, CANCEL_JOBS, lambda state: "finished" if state in _FINISHED else "locked"
+    )
+
+
+_FINISHED = frozenset({"cancelled", "completed", "discarded"})
+
+
+def load(session: Session | Connection, job_id: int, job_class: type[J]) -> J:
+    """The job as it stands now; raises `JobNotFoundError`."""
+    if isinstance(session, Connection):
+        with Session(bind=session, join_transaction_mode="rollback_only") as own:
+            job = load(own, job_id, job_class)
+            own.expunge(job)
+            return job
+    found = session.get(job_class, job_id, populate_existing=True)
+    if found is None:
+        raise JobNotFoundError(job_id)
+    return found
+
+
+def _change_many(
+    session: Any, which: Filter, job_class: type[JobMixin], statement: Executable, why: Callable[[str], str]
+) -> Changed:
+    """Run *statement* over the jobs of a filter, 1,000 at a time, in id order; locked ones are left."""
+    plain = sync_session(session)
+    connection = connect(plain, job_class)
+    schema = store.real_schema(connection, declared_schema(job_class))
+    count = 0
+    left: dict[int, str] = {}
+    for ids in _batches(connection, which, job_class):
+        changed = {row.id for row in store.execute(connection, schema, statement, {"p_ids": ids, "p_schema": schema})}
+        count += len(changed)
+        missing = [job_id for job_id in ids if job_id not in changed]
+        if missing:
+            states = {row.id: row.state for row in store.execute(connection, schema, SELECT_STATES, {"p_ids": missing})}
+            left |= {job_id: why(states[job_id]) if job_id in states else "gone" for job_id in missing}
+    if count:
+        mark_changed(plain)
+        if isinstance(plain, Session):
+            plain.expire_all()
+    return Changed(count, left)
+
+
+def _batches(connection: Connection, which: Filter, job_class: type[JobMixin]) -> Iterator[Sequence[int]]:
+    chosen = which if isinstance(which, Select) else select(job_class).where(which)
+    ids = (
+        chosen.with_only_columns(job_class.id, maintain_column_froms=True)
+        .order_by(None)
+        .order_by(job_class.id)
+        .limit(BATCH)
+    )
+    last = None
+    while True:
+        batch = connection.execute(ids if last is None else ids.where(job_class.id > last)).scalars().all()
+        if batch:
+            yield batch
+        if len(batch) < BATCH:
+            return
+        last = batch[-1]

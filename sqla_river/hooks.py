@@ -1,0 +1,113 @@
+"""What users may put around our work: middleware, an error handler, and events."""
+
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, Literal, Protocol, Self
+
+import attrs
+
+from sqla_river.context import JobContext
+from sqla_river.outcomes import Cancel
+
+EventKind = Literal[
+    "completed",
+    "failed",
+    "cancelled",
+    "snoozed",
+    "discarded",
+    "rescued",
+    "interrupted",
+    "queue_paused",
+    "queue_resumed",
+]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = (
+    "completed",
+    "failed",
+    "cancelled",
+    "snoozed",
+    "discarded",
+    "rescued",
+    "interrupted",
+    "queue_paused",
+    "queue_resumed",
+)
+KEPT_EVENTS: Final = 1_000
+
+
+class WorkMiddleware(Protocol):
+    """Around the handler: ``work(job, call_next)`` returns what ``call_next(job)`` returns, or something else, or raises.
+
+    Around an async handler ``call_next(job)`` gives an awaitable: hand it on, or be ``async`` and await it.
+    """
+
+    def work(self, job: JobContext[Any], call_next: Callable[[JobContext[Any]], Any], /) -> Any: ...
+
+
+ErrorHandler = Callable[[JobContext[Any], BaseException], Cancel | None]
+"""Called after each failed attempt; the answer Cancel ends the job."""
+
+
+@attrs.frozen
+class Event:
+    """Something that happened to a job (or a queue) of this runner, after it was committed.
+
+    `seconds` is how long the handler ran; `error` what ended the attempt.
+    """
+
+    kind: EventKind
+    queue: str
+    job_id: int | None = None
+    job_kind: str | None = None
+    attempt: int | None = None
+    seconds: float | None = None
+    error: BaseException | None = None
+
+
+class Subscription:
+    """Events as they come: iterate over it, or call `get`. At most 1,000 wait; what comes on top is dropped and counted."""
+
+    def __init__(self, kinds: Iterable[EventKind], close: "Callable[[Subscription], None]") -> None:
+        self.kinds = frozenset(kinds)
+        self._close = close
+        self._events: queue.Queue[Event | None] = queue.Queue(KEPT_EVENTS + 1)
+        self._closed = threading.Event()
+        self.dropped: Counter[str] = Counter()
+        """How many events of each kind nobody read in time."""
+
+    def put(self, event: Event) -> None:
+        """Called by the runner; never waits."""
+        if event.kind in self.kinds and not self._closed.is_set():
+            if self._events.qsize() < KEPT_EVENTS:
+                self._events.put_nowait(event)
+            else:
+                self.dropped[event.kind] += 1
+
+    def get(self, timeout: float | None = None) -> Event:
+        """The next event.
+
+        Raises:
+            queue.Empty: none came within *timeout* seconds, or the subscription is closed.
+        """
+        event = self._events.get(timeout=timeout)
+        if event is None:
+            raise queue.Empty
+        return event
+
+    def close(self) -> None:
+        """No more events; a loop over the subscription ends."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._close(self)
+            self._events.put(None)
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self._events.get()) is not None:
+            yield event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

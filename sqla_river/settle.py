@@ -1,0 +1,248 @@
+"""Transactional work: the handler's writes and the job's completion commit together, fenced.
+
+The handler's Session is bound to a connection whose transaction belongs to the runner. Its commit() flushes and commits nothing by
+itself; its rollback() ends the transaction, and with it the attempt. The completion is the last statement before COMMIT. Ending
+the transaction through the driver itself (a raw COMMIT) is out of reach, and not supported.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, Transaction
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from sqla_river import store
+from sqla_river.errors import ConfigError, ForeignBindError, TransactionOver
+from sqla_river.models import JobMixin, declared_schema
+from sqla_river.rows import JobRow
+from sqla_river.statements import SELECT_OUTCOME, SETTLE_JOB
+from sqla_river.states import JobState, Transition
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+log: Final = logging.getLogger(__name__)
+
+RESOLVE_FOR: Final = 10.0
+"""Seconds to ask what became of a COMMIT whose reply was lost; after that the fence sorts it out when a failure is written."""
+_KEY: Final = "sqla_river.unit"
+_classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
+_lock: Final = threading.Lock()
+
+
+class LostJobError(Exception):
+    """The job is no longer this runner's: everything the handler wrote is rolled back, and the outcome is stale."""
+
+
+class CommitUnknownError(Exception):
+    """The reply to the COMMIT was lost."""
+
+
+class Unit:
+    """One transactional attempt: a session, its connection, and the transaction that the runner owns."""
+
+    def __init__(self, connection: Connection, root: Transaction, row: JobRow, schema: str | None) -> None:
+        self.connection = connection
+        self.root = root
+        self._row = row
+        self._schema = schema
+        self.session: Any = None
+
+    def settle(self, session: Session, transition: Transition) -> JobState:
+        """Flush *session*, write *transition* under the fence, and commit all of it; the state that the job came to.
+
+        Raises:
+            TransactionOver: the handler ended the transaction by itself.
+            LostJobError: the fence does not hold any more.
+            CommitUnknownError: the connection broke during the COMMIT.
+        """
+        if not self.root.is_active:
+            raise TransactionOver(
+                "the handler rolled its session back; raise an error instead, or use session.begin_nested() for a part"
+            )
+        session.commit()  # flushes, and runs the session's own events; the transaction is not its to commit
+        given = {
+            "p_id": self._row.id,
+            "p_token": self._row.token,
+            "p_state": transition.state.value,
+            "p_back": transition.attempt_back,
+            "p_delay": transition.delay,
+            "p_error": store.error_json(transition),
+            "p_metadata": transition.metadata,
+            "p_snoozed": int(transition.snoozed),
+        }
+        state = store.execute(self.connection, self._schema, SETTLE_JOB, given).scalar()
+        if state is None:
+            raise LostJobError
+        try:
+            self.root.commit()
+        except DBAPIError as error:
+            if error.connection_invalidated or self.connection.invalidated:
+                raise CommitUnknownError from error
+            raise
+        return JobState(state)
+
+
+class Scope:
+    """Opens a `Unit` for each transactional job of a runner.
+
+    Args:
+        engine: the runner's; handlers have its pool.
+        job_class: the mapping, for the schema, and to find the bind of a session.
+        sessions: the user's sessionmaker or scoped_session (async_sessionmaker for async handlers); None for plain Sessions.
+        async_engine: for async handlers.
+        stopped: whether to give up waiting for a connection.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        job_class: type[JobMixin],
+        sessions: Any,
+        async_engine: "AsyncEngine | None",
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._engine = engine
+        self._job_class = job_class
+        self._sessions = sessions
+        self._async_engine = async_engine
+        self._stopped = stopped
+        self.lost = LostJobError
+        self.unknown = CommitUnknownError
+
+    def check(self) -> None:
+        """Raise `ConfigError` where the user's sessions lead somewhere else than the runner's engine."""
+        if isinstance(self._sessions, sessionmaker):
+            with self._sessions() as session:
+                bind = session.get_bind(mapper=self._job_class)
+                if bind.engine.pool is not self._engine.pool:
+                    raise ConfigError(
+                        f"sessions= leads to {bind.engine.url!r} for {self._job_class.__name__}, the runner works on "
+                        f"{self._engine.url!r}; give both the same engine"
+                    )
+
+    @contextmanager
+    def open(self, row: JobRow) -> Iterator[Unit]:
+        """A unit for *row*. What is not settled when the block ends is rolled back."""
+        connection = self._wait_for_connection()
+        try:
+            unit = self._unit(connection, row)
+            scoped = self._sessions if isinstance(self._sessions, scoped_session) else None
+            maker = scoped.session_factory if scoped is not None else self._sessions
+            unit.session = session = _make(maker, Session, unit)
+            if scoped is not None:
+                scoped.registry.set(session)
+            try:
+                yield unit
+            finally:
+                if scoped is not None:
+                    scoped.remove()
+                session.close()
+                if unit.root.is_active:
+                    unit.root.rollback()
+        finally:
+            connection.close()
+
+    @asynccontextmanager
+    async def open_async(self, row: JobRow) -> AsyncIterator[Unit]:
+        """The same with an AsyncSession."""
+        from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+        assert self._async_engine is not None
+        maker = self._sessions if isinstance(self._sessions, async_sessionmaker) else None
+        options: dict[str, Any] = {"expire_on_commit": False, **(maker.kw if maker is not None else {})}
+        base: type[Any] = maker.class_ if maker is not None else AsyncSession
+        async with self._async_engine.connect() as connection:
+            unit = await connection.run_sync(self._unit, row)
+            sync_base = options.pop("sync_session_class", base.sync_session_class)
+            unit.session = session = base(
+                bind=connection, sync_session_class=_job_session(sync_base), **_options(options, unit)
+            )
+            try:
+                yield unit
+            finally:
+                await session.close()
+                if unit.root.is_active:
+                    await connection.run_sync(lambda _: unit.root.rollback())
+
+    def resolve(self, row: JobRow) -> JobState | None:
+        """What became of *row* when the reply to its COMMIT was lost; None if it was not committed, or that cannot be had in 10 s.
+
+        A server that is still committing holds the row's lock, and FOR UPDATE waits for it: a plain read would say running.
+        """
+        until = time.monotonic() + RESOLVE_FOR
+        while time.monotonic() < until and not self._stopped():
+            try:
+                with self._engine.begin() as connection:
+                    schema = store.real_schema(connection, declared_schema(self._job_class))
+                    state = store.execute(
+                        connection, schema, SELECT_OUTCOME, {"p_id": row.id, "p_token": row.token}
+                    ).scalar()
+                return None if state is None or state == JobState.RUNNING else JobState(state)
+            except Exception as error:  # noqa: BLE001 - the database may be on its way back
+                log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0])
+                time.sleep(0.2)
+        return None
+
+    def _wait_for_connection(self) -> Connection:
+        """A connection of the user's pool; while all are taken the job waits rather than fails."""
+        while True:
+            try:
+                return self._engine.connect()
+            except PoolTimeoutError:
+                if self._stopped():
+                    raise
+
+    def _unit(self, connection: Connection, row: JobRow) -> Unit:
+        schema = store.real_schema(connection, declared_schema(self._job_class))
+        return Unit(connection, connection.begin(), row, schema)
+
+
+def _options(given: dict[str, Any], unit: Unit) -> dict[str, Any]:
+    """The user's session options, but for those that would take the transaction out of the runner's hands."""
+    kept = {
+        name: value
+        for name, value in given.items()
+        if name not in {"bind", "twophase", "join_transaction_mode", "info"}
+    }
+    return {**kept, "join_transaction_mode": "rollback_only", "info": {**(given.get("info") or {}), _KEY: unit}}
+
+
+def _make(maker: Any, default: type[Session], unit: Unit) -> Session:
+    base: type[Session] = maker.class_ if maker is not None else default
+    options = dict(maker.kw) if maker is not None else {}
+    return _job_session(base)(bind=unit.connection, **_options(options, unit))
+
+
+def _job_session(base: type[Session]) -> type[Session]:
+    """*base*, whose binds lead to the unit's own connection, and nowhere else; made once per class."""
+    with _lock:
+        known = _classes.get(base)
+        if known is None:
+            known = _classes[base] = type(f"Job{base.__name__}", (base,), {"get_bind": _bind_of(base)})
+        return known
+
+
+def _bind_of(base: type[Session]) -> Callable[..., Any]:
+    def get_bind(self: Session, *given: Any, **options: Any) -> Any:
+        unit: Unit = self.info[_KEY]
+        bind = base.get_bind(self, *given, **options)
+        if bind is not unit.connection and bind.engine.pool is not unit.connection.engine.pool:
+            raise ForeignBindError(
+                f"this transactional job works on {unit.connection.engine.url!r}, and its handler reached for {bind.engine.url!r}, "
+                "which could not commit with it; open a session of your own for that"
+            )
+        if not unit.root.is_active:
+            raise TransactionOver(
+                "the handler ended the transaction of its job and went on; what follows would not commit with the job"
+            )
+        return unit.connection
+
+    return get_bind

@@ -1,0 +1,212 @@
+"""Where handlers run: threads for plain ones, one event loop for async ones; and the watch over their timeouts."""
+
+import asyncio
+import logging
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any, Final
+
+from sqla_river.context import JobContext, cancel_context
+from sqla_river.rows import JobRow, Result
+
+log: Final = logging.getLogger(__name__)
+
+STUCK_AFTER: Final = 10.0
+"""Seconds that a handler may ignore its timeout, before it is given up; River's number."""
+LOOP_BLOCKED_AFTER: Final = 1.0
+
+
+class Threads:
+    """The threads that execute plain handlers, as many as the runner has slots; made when first needed."""
+
+    def __init__(
+        self, size: int, execute: Callable[[JobRow], Result], finished: Callable[[Result], None], name: str
+    ) -> None:
+        self._size = size
+        self._execute = execute
+        self._finished = finished
+        self._name = name
+        self._waiting: SimpleQueue[JobRow | None] = SimpleQueue()
+        self._made = 0
+        self._working: dict[int, JobRow] = {}
+        self._surplus: set[int] = set()
+        self._lock = threading.Lock()
+
+    def deliver(self, rows: Iterable[JobRow]) -> None:
+        """Hand *rows* over, never more than there are free slots."""
+        count = 0
+        for row in rows:
+            self._waiting.put(row)
+            count += 1
+        with self._lock:
+            for _ in range(min(count, self._size - self._made)):
+                self._made += 1
+                threading.Thread(target=self._run, name=f"{self._name}-{self._made}", daemon=True).start()
+
+    def take_back(self) -> list[JobRow]:
+        """The rows that no slot has begun."""
+        rows: list[JobRow] = []
+        while True:
+            try:
+                row = self._waiting.get_nowait()
+            except Empty:
+                return rows
+            if row is not None:
+                rows.append(row)
+
+    def put_back(self, rows: Iterable[JobRow]) -> None:
+        """Return what `take_back` took."""
+        for row in rows:
+            self._waiting.put(row)
+
+    def give_up(self, row: JobRow) -> str:
+        """Let another thread take the place of the one that is stuck in *row*; the stack of that one."""
+        with self._lock:
+            stuck = next((ident for ident, working in list(self._working.items()) if working is row), None)
+            if stuck is None:
+                return ""
+            self._surplus.add(stuck)
+            self._made -= 1
+        frame = sys._current_frames().get(stuck)  # the one way to say where a thread hangs
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+    def stop(self) -> None:
+        """Let each thread end after what it is doing."""
+        for _ in range(self._made):
+            self._waiting.put(None)
+
+    def _run(self) -> None:
+        ident = threading.get_ident()
+        working = self._working
+        while (row := self._waiting.get()) is not None:
+            working[ident] = row
+            result = self._execute(row)
+            del working[ident]
+            self._finished(result)
+            if self._surplus and ident in self._surplus:
+                self._surplus.discard(ident)
+                return
+
+
+class EventLoop:
+    """The thread and event loop of async handlers; made when first needed."""
+
+    def __init__(
+        self,
+        execute: Callable[[JobRow], Coroutine[Any, Any, Result]],
+        finished: Callable[[Result], None],
+        name: str,
+    ) -> None:
+        self._execute = execute
+        self._finished = finished
+        self._name = name
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ticked_at = math.inf
+        self._said = False
+
+    def deliver(self, rows: list[JobRow]) -> None:
+        """Begin *rows*. Called by one thread only."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._loop.call_soon_threadsafe(self._begin, rows)
+
+    def stop(self) -> None:
+        """End the loop. Tasks that still run are left where they are."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def look(self) -> None:
+        """Say so if a handler blocks the loop, once each time. Called by the watch, about every second."""
+        blocked = time.monotonic() - self._ticked_at
+        if blocked < LOOP_BLOCKED_AFTER:
+            self._said = False
+        elif not self._said and self._thread is not None and self._thread.is_alive() and self._loop is not None:
+            self._said = True
+            task = asyncio.current_task(self._loop)
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            stack = "".join(traceback.format_stack(frame)[-6:]) if frame is not None else ""
+            name = task.get_name() if task is not None else "something"
+            log.warning("%s blocks the event loop for %.1f s; await, or work it in a thread:\n%s", name, blocked, stack)
+
+    def _run(self) -> None:
+        loop = self._loop
+        assert loop is not None
+        asyncio.set_event_loop(loop)
+        self._tick()
+        try:
+            loop.run_forever()
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def _tick(self) -> None:
+        assert self._loop is not None
+        self._ticked_at = time.monotonic()
+        self._loop.call_later(LOOP_BLOCKED_AFTER / 4, self._tick)
+
+    def _begin(self, rows: list[JobRow]) -> None:
+        assert self._loop is not None
+        for row in rows:
+            task = self._loop.create_task(self._work(row), name=f"job {row.id} ({row.kind})")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, row: JobRow) -> None:
+        self._finished(await self._execute(row))
+
+
+class Watch:
+    """Ends what is over its time. `step` is what its thread repeats; only jobs with a timeout wake it.
+
+    Args:
+        wake: lets the next step begin.
+        stuck: told of a job whose handler ignored its timeout for 10 s.
+        look: called at each step.
+    """
+
+    def __init__(
+        self, wake: Callable[[], None], stuck: Callable[[JobContext[Any]], None], look: Callable[[], None]
+    ) -> None:
+        self._wake = wake
+        self._stuck = stuck
+        self._look = look
+        self._next = math.inf
+
+    def add(self, job: JobContext[Any], seconds: float) -> None:
+        """Give *job* so many seconds from now."""
+        job.deadline = time.monotonic() + seconds
+        if job.deadline < self._next:
+            self._next = job.deadline
+            self._wake()
+
+    def step(self, running: dict[int, JobContext[Any]]) -> float:
+        """Cancel what is over its time; seconds until the next look."""
+        self._look()
+        self._next = math.inf  # before the look: who is added meanwhile wakes the next one
+        now = time.monotonic()
+        soonest = math.inf
+        for job in list(running.values()):
+            if job.deadline <= now:
+                self._over(job, now)
+            soonest = min(soonest, job.deadline)
+        self._next = min(self._next, soonest)
+        return min(1.0, max(self._next - time.monotonic(), 0.0))
+
+    def _over(self, job: JobContext[Any], now: float) -> None:
+        if not job.timed_out:
+            job.timed_out = True
+            job.deadline = now + STUCK_AFTER
+            log.warning("job %d (%s) is over its timeout", job.id, job.kind)
+            cancel_context(job, "timeout")
+        else:
+            job.deadline = math.inf
+            self._stuck(job)

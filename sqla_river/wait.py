@@ -1,0 +1,111 @@
+"""Waiting until a job is finished."""
+
+import threading
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+
+from sqla_river import store
+from sqla_river.admin import load
+from sqla_river.errors import JobNotFoundError, UncommittedJobError, WaitTimeoutError
+from sqla_river.insert import sync_session
+from sqla_river.models import JobMixin, declared_schema
+from sqla_river.statements import SELECT_STATES
+
+J = TypeVar("J", bound=JobMixin)
+
+FIRST_LOOK: Final = 0.02
+LONGEST_PAUSE: Final = 0.5
+
+_waiting: dict[int, list[threading.Event]] = {}
+_lock: Final = threading.Lock()
+
+
+def finished_here(job_ids: Iterable[int]) -> None:
+    """Wake whoever waits in this process for one of *job_ids*. Next to nothing if nobody does."""
+    if _waiting:
+        with _lock:
+            for job_id in job_ids:
+                for event in _waiting.get(job_id, ()):
+                    event.set()
+
+
+class Look:
+    """One look after another at a job, with growing pauses; for whoever waits, in a thread or on an event loop."""
+
+    def __init__(self, job_id: int, timeout: timedelta | None) -> None:
+        self.job_id = job_id
+        self._until = None if timeout is None else time.monotonic() + timeout.total_seconds()
+        self._timeout = timeout
+        self._pause = FIRST_LOOK
+        self.finished = threading.Event()
+
+    def look(self, connection: Connection, job_class: type[J]) -> J | None:
+        """The job if it is finished."""
+        schema = store.real_schema(connection, declared_schema(job_class))
+        row = store.execute(connection, schema, SELECT_STATES, {"p_ids": [self.job_id]}).one_or_none()
+        if row is None:
+            raise JobNotFoundError(self.job_id)
+        return load(connection, self.job_id, job_class) if row.finished else None
+
+    def pause(self) -> float:
+        """Seconds until the next look; raises `WaitTimeoutError` when the time is over."""
+        pause, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE)
+        if self._until is not None:
+            left = self._until - time.monotonic()
+            if left <= 0:
+                raise WaitTimeoutError(
+                    f"job {self.job_id} is not finished after {self._timeout}; it goes on, wait longer or look later"
+                )
+            pause = min(pause, left)
+        return pause
+
+    def __enter__(self) -> "Look":
+        with _lock:
+            _waiting.setdefault(self.job_id, []).append(self.finished)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            others = [event for event in _waiting[self.job_id] if event is not self.finished]
+            if others:
+                _waiting[self.job_id] = others
+            else:
+                del _waiting[self.job_id]
+
+
+def engine_of(session: Any, job_id: int, job_class: type[JobMixin]) -> Engine:
+    """The engine to look on; raises at once for a job that the session has not committed, which nobody else could ever finish."""
+    if isinstance(session, Engine):
+        return session
+    plain = sync_session(session)
+    if isinstance(plain, Session):
+        connection = plain.connection(bind_arguments={"mapper": job_class})
+    else:
+        connection = plain
+    schema = store.real_schema(connection, declared_schema(job_class))
+    if store.execute(connection, schema, SELECT_STATES, {"p_ids": [job_id]}).one_or_none() is not None:
+        with connection.engine.connect() as other:
+            seen = store.execute(other, schema, SELECT_STATES, {"p_ids": [job_id]}).one_or_none()
+        if seen is None:
+            raise UncommittedJobError(job_id)
+    return connection.engine
+
+
+def wait_for(
+    session: Session | Connection | Engine | Any, job_id: int, job_class: type[J], timeout: timedelta | None
+) -> J:
+    """See `River.wait_for`."""
+    engine = engine_of(session, job_id, job_class)
+    with Look(job_id, timeout) as wait:
+        while True:
+            with engine.connect() as connection:
+                job = wait.look(connection, job_class)
+            if job is not None:
+                return job
+            wait.finished.wait(wait.pause())
+            wait.finished.clear()
