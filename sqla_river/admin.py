@@ -8,9 +8,8 @@ from sqlalchemy import ColumnElement, Connection, Executable, Select, select
 from sqlalchemy.orm import Session
 
 from sqla_river import store
-from sqla_river.errors import JobNotFoundError
-from sqla_river.insert import connect, mark_changed, sync_session
 from sqla_river.models import JobMixin, declared_schema
+from sqla_river.session import connect, load, mark_changed, sync_session
 from sqla_river.statements import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES
 
 J = TypeVar("J", bound=JobMixin)
@@ -47,19 +46,6 @@ def cancel_many(session: Any, which: Filter, job_class: type[JobMixin]) -> Chang
 
 
 _FINISHED = frozenset({"cancelled", "completed", "discarded"})
-
-
-def load(session: Session | Connection, job_id: int, job_class: type[J]) -> J:
-    """The job as it stands now; raises `JobNotFoundError`."""
-    if isinstance(session, Connection):
-        with Session(bind=session, join_transaction_mode="rollback_only") as own:
-            job = load(own, job_id, job_class)
-            own.expunge(job)
-            return job
-    found = session.get(job_class, job_id, populate_existing=True)
-    if found is None:
-        raise JobNotFoundError(job_id)
-    return found
 
 
 def _change_many(

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 
 import cattrs
 
-from sqla_river import fields, plain
+from sqla_river.codec import fields, plain
+from sqla_river.codec.records import Plan, plan_for
+from sqla_river.codec.shapes import Mismatch, shown, type_name
 from sqla_river.errors import DecodeError, EncodeError, RegistrationError
-from sqla_river.records import Plan, plan_for
-from sqla_river.shapes import Mismatch, shown, type_name
 
 _fast_dumps: Callable[[object], bytes] | None
 _fast_loads: Callable[[str | bytes], object] | None

@@ -22,7 +22,9 @@ T = TypeVar("T")
 def awaited(
     verb: Callable[Concatenate[Any, P], T],
 ) -> "Callable[Concatenate[AnyAsyncSession, P], Coroutine[Any, Any, T]]":
-    """*verb* as a coroutine function: it runs with the plain session inside, in the greenlet that lets its I/O be awaited."""
+    """*verb* as a coroutine function: it runs with the plain session inside, in the greenlet that lets its I/O be
+    awaited.
+    """
 
     async def call(session: "AnyAsyncSession", /, *given: P.args, **options: P.kwargs) -> T:
         inner: Any = session if hasattr(session, "run_sync") else getattr(session, "registry", lambda: session)()
@@ -67,7 +69,11 @@ async def wait_for(
     """`River.wait_for`, awaited; the event loop goes on meanwhile."""
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    engine = session if isinstance(session, AsyncEngine) else AsyncEngine(await awaited(wait.engine_of)(session, job_id, Job))
+    engine = (
+        session
+        if isinstance(session, AsyncEngine)
+        else AsyncEngine(await awaited(wait.engine_of)(session, job_id, Job))
+    )
     with wait.Look(job_id, timeout) as look:
         while True:
             async with engine.connect() as connection:

@@ -10,7 +10,10 @@ from sqla_river import ddl, store
 from sqla_river.rows import InsertRow, place
 from sqla_river.statements import INSERT_JOBS, INSERT_NUMBERED_JOBS, RESERVE_IDS
 
-def insert_rows(connection: Connection, schema: str | None, rows: Sequence[InsertRow], *, returning: bool) -> tuple[list[int], set[str]]:
+
+def insert_rows(
+    connection: Connection, schema: str | None, rows: Sequence[InsertRow], *, returning: bool
+) -> tuple[list[int], set[str]]:
     """Insert a block of plain rows in one round trip, two where ids are asked for.
 
     Returns:

@@ -59,7 +59,9 @@ class Settings:
         known = self._by_class.get(args_type)
         if known is None:
             if isinstance(args, type):
-                raise EncodeError("$", f"args must be an instance, got the class {args.__name__}; write {args.__name__}(...)")
+                raise EncodeError(
+                    "$", f"args must be an instance, got the class {args.__name__}; write {args.__name__}(...)"
+                )
             kind = check_kind(kind_of(args))
             options = getattr(args_type, "options", NOTHING_SAID)
             if isinstance(options, MemberDescriptorType):  # a field of that name

@@ -148,7 +148,7 @@ class Executor:
         """Await the handler in a task of its own, so that cancelling it never reaches what is around it."""
         job = attempt.job
         loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(_awaited(self._chain(worker), job, *session))
+        task = loop.create_task(_awaited(self._chain(worker), job, *session), name=f"job {job.id} ({job.kind})")
         job.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
         self._start(worker, attempt)
         try:

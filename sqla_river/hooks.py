@@ -3,13 +3,15 @@
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, Literal, Protocol, Self
 
 import attrs
 
 from sqla_river.context import JobContext
 from sqla_river.outcomes import Cancel
+from sqla_river.rows import Result
+from sqla_river.states import JobState
 
 EventKind = Literal[
     "completed",
@@ -111,3 +113,48 @@ class Subscription:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_BY_STATE: Final[dict[JobState, EventKind]] = {
+    JobState.COMPLETED: "completed",
+    JobState.RETRYABLE: "failed",
+    JobState.DISCARDED: "discarded",
+    JobState.CANCELLED: "cancelled",
+    JobState.SCHEDULED: "snoozed",
+    JobState.AVAILABLE: "interrupted",
+    JobState.PENDING: "completed",
+    JobState.RUNNING: "completed",
+}
+
+
+class Events:
+    """The subscriptions of a Runner; they outlive its incarnations."""
+
+    def __init__(self) -> None:
+        self._subscriptions: tuple[Subscription, ...] = ()
+        self._lock = threading.Lock()
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._subscriptions)
+
+    def subscribe(self, kinds: Sequence[EventKind]) -> Subscription:
+        subscription = Subscription(kinds, self._forget)
+        with self._lock:
+            self._subscriptions = (*self._subscriptions, subscription)
+        return subscription
+
+    def _forget(self, subscription: Subscription) -> None:
+        with self._lock:
+            self._subscriptions = tuple(each for each in self._subscriptions if each is not subscription)
+
+    def put(self, event: Event) -> None:
+        for subscription in self._subscriptions:
+            subscription.put(event)
+
+    def results(self, written: Sequence[tuple[Result, JobState]]) -> None:
+        for result, state in written:
+            row = result.job
+            kind = _BY_STATE[state]
+            self.put(Event(kind, row.queue, row.id, row.kind, row.attempt, result.seconds, result.error))

@@ -1,28 +1,27 @@
 """Enqueue: jobs join the caller's unit of work. Nothing here commits, and nothing opens a savepoint."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import attrs
 from sqlalchemy import Connection
-from sqlalchemy.orm import Session, make_transient_to_detached, scoped_session
+from sqlalchemy.orm import make_transient_to_detached
 from sqlalchemy.orm.attributes import set_committed_value
 
 from sqla_river import bulk, notify, store
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
-from sqla_river.errors import AsyncSessionError, EncodeError, InvalidOptionError, SessionError
+from sqla_river.errors import EncodeError, InvalidOptionError
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
 from sqla_river.rows import InsertRow, place
+from sqla_river.session import connect, mark_changed, sync_session
 from sqla_river.statements import INSERT_JOB
 from sqla_river.tables import river_job
 
 J = TypeVar("J", bound=JobMixin)
 Items = Iterable[JobArgs | tuple[JobArgs, InsertOptions]]
-AnySession = Session | scoped_session[Any] | Connection
 
 BLOCK_ROWS = 10_000
 BLOCK_BYTES = 8 * 1024 * 1024
@@ -30,56 +29,13 @@ BLOCK_BYTES = 8 * 1024 * 1024
 
 @attrs.frozen
 class Inserted:
-    """What `enqueue_many` did: rows put in, rows left out as duplicates, and the ids in input order if they were asked for."""
+    """What `enqueue_many` did: rows put in, rows left out as duplicates, and the ids in input order if they were asked
+    for.
+    """
 
     count: int
     skipped: int = 0
     ids: list[int | None] | None = None
-
-
-def sync_session(session: Any) -> Session | Connection:
-    """The Session or Connection behind *session*.
-
-    Raises:
-        AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must not look like a stored job.
-        SessionError: for anything else.
-    """
-    if isinstance(session, Session | Connection):
-        return session
-    if type(session).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(session, "sync_session"):
-        raise AsyncSessionError(
-            f"this verb is for a plain Session, got {type(session).__name__}; write 'from sqla_river.asyncio import enqueue' and await it"
-        )
-    registry = getattr(session, "registry", None)
-    if callable(registry):
-        return sync_session(registry())
-    raise SessionError(
-        f"expected a Session, scoped_session or Connection, got {type(session).__name__}; "
-        "write 'with Session(engine) as session' and pass that"
-    )
-
-
-def check_bind(session: Session | Connection, job_class: type[JobMixin]) -> None:
-    """Raise `WrongDatabaseError` unless jobs of *job_class* go to PostgreSQL. No round trip."""
-    bind = session if isinstance(session, Connection) else session.get_bind(mapper=job_class)
-    store.check_postgresql(bind.dialect.name, bind.dialect.driver)
-
-
-def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connection:
-    """The connection that jobs of *job_class* go to, in the caller's transaction; pending rows of a Session are flushed first."""
-    if isinstance(session, Connection):
-        return session
-    session.flush()
-    return session.connection(bind_arguments={"mapper": job_class})
-
-
-def mark_changed(session: Session | Connection) -> None:
-    """Tell zope.sqlalchemy, if it watches *session*, that there is something to commit: Core work alone it would roll back, silently."""
-    zope = sys.modules.get("zope.sqlalchemy")
-    if zope is not None and isinstance(session, Session):
-        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
-        if session in joined:
-            zope.mark_changed(session)
 
 
 def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]) -> J:
@@ -128,7 +84,9 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
-    """Encoded blocks of bounded size. A block is whole before any of it is sent, so the iterable may use the same session."""
+    """Encoded blocks of bounded size. A block is whole before any of it is sent, so the iterable may use the same
+    session.
+    """
     block: list[InsertRow] = []
     size = 0
     for position, item in enumerate(items):
@@ -147,9 +105,10 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
         yield block
 
 
-def _pair(item: Any) -> tuple[JobArgs, InsertOptions]:
-    given: tuple[Any, ...] = item if isinstance(item, tuple) else ()
-    args, said = given if len(given) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
+def _pair(item: JobArgs | tuple[Any, ...]) -> tuple[JobArgs, InsertOptions]:
+    if not isinstance(item, tuple):
+        return item, NOTHING_SAID
+    args, said = item if len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
     if not isinstance(said, InsertOptions):
         raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
-    return args, said
+    return cast("JobArgs", args), said

@@ -1,4 +1,6 @@
-"""`Job`, the mapping of ``river_job``, and `JobMixin`, the same mapping for a Base, MetaData or ``db.Model`` of one's own."""
+"""`Job`, the mapping of ``river_job``, and `JobMixin`, the same mapping for a Base, MetaData or ``db.Model`` of one's
+own.
+"""
 
 import json
 from copy import deepcopy
@@ -27,7 +29,9 @@ def _check_order(cls: type) -> None:
             f"class {cls.__name__}(JobMixin, RiverBase): metadata = Base.metadata"
         )
     if not issubclass(owner, JobMixin):
-        raise MappingError(f"{owner.__name__} hides the constructor of a job; write class {cls.__name__}(JobMixin, ...)")
+        raise MappingError(
+            f"{owner.__name__} hides the constructor of a job; write class {cls.__name__}(JobMixin, ...)"
+        )
 
 
 class JobMixin:
@@ -133,7 +137,9 @@ def declared_schema(job_class: type[JobMixin]) -> str | None:
 
 
 class RiverBase(DeclarativeBase):
-    """The Base of the shipped `Job`; and of one's own, to have it in one's own MetaData without one's Base's columns."""
+    """The Base of the shipped `Job`; and of one's own, to have it in one's own MetaData without one's Base's
+    columns.
+    """
 
     metadata = RIVER
 
@@ -144,7 +150,9 @@ class Job(JobMixin, RiverBase):
 
 @event.listens_for(JobMixin, "before_insert", propagate=True)
 def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
-    """Decide where the job starts, by the database's clock. Its time is a plain value: an expression would cost an INSERT per row."""
+    """Decide where the job starts, by the database's clock. Its time is a plain value: an expression would cost an
+    INSERT per row.
+    """
     store.check_postgresql(connection.dialect.name, connection.dialect.driver)
     given, state = vars(job).get("scheduled_at"), vars(job).get("state")
     when = None if given is None else check_when("scheduled_at", given)

@@ -1,8 +1,11 @@
 """Wake-up, the sending side: a queue's name on River's channel, never data.
 
-Three modes. ``transaction``: one NOTIFY per transaction (or savepoint) and queue, inside it. ``after_commit``: the Engine's commit
-event marks the queue, and one side connection per process announces it once the transaction is over; commits that NOTIFY take
-turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16 clients made 390 commits/s with NOTIFY
+Three modes. ``transaction``: one NOTIFY per transaction (or savepoint) and queue, inside it. ``after_commit``: the
+Engine's commit
+event marks the queue, and one side connection per process announces it once the transaction is over; commits that
+NOTIFY take
+turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16 clients made 390 commits/s
+with NOTIFY
 inside and 4,550 with it outside. ``off``: runners poll.
 """
 
@@ -15,7 +18,16 @@ from collections.abc import Iterable
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Connection, Engine, NestedTransaction, NullPool, Transaction, TwoPhaseTransaction, create_engine, event
+from sqlalchemy import (
+    Connection,
+    Engine,
+    NestedTransaction,
+    NullPool,
+    Transaction,
+    TwoPhaseTransaction,
+    create_engine,
+    event,
+)
 
 from sqla_river import store
 from sqla_river.config import NotifyMode
@@ -24,7 +36,9 @@ from sqla_river.statements import NOTIFY_QUEUES
 log: Final = logging.getLogger(__name__)
 
 COALESCE: Final = 0.010
-"""Seconds between two announcements; whatever came in between goes with the next, so the last job of a burst is always announced."""
+"""Seconds between two announcements; whatever came in between goes with the next, so the last job of a burst is always
+announced.
+"""
 _FIRST_LOOK: Final = 0.0002
 """The commit event fires just before COMMIT, and a plain COMMIT ends in well under a millisecond."""
 _IDLE: Final = 60.0
@@ -43,7 +57,8 @@ _lock: Final = threading.Lock()
 def announce(connection: Connection, schema: str | None, queues: Iterable[str], mode: NotifyMode) -> None:
     """See that runners hear of *queues* when the transaction of *connection* commits, and only then.
 
-    One round trip in mode ``transaction``, for queues that this transaction (or savepoint) has not named yet; none otherwise.
+    One round trip in mode ``transaction``, for queues that this transaction (or savepoint) has not named yet; none
+    otherwise.
     Two-phase transactions are left to the poll: PostgreSQL refuses to PREPARE what has executed NOTIFY.
     """
     root = connection.get_transaction()
@@ -61,7 +76,9 @@ def announce(connection: Connection, schema: str | None, queues: Iterable[str], 
 
 
 def _mark(connection: Connection, root: Transaction, announcements: set[Announcement]) -> None:
-    """Remember *announcements* until the commit of *root*; heard on the Engine, because the Session's events fire without a commit too."""
+    """Remember *announcements* until the commit of *root*; heard on the Engine, because the Session's events fire
+    without a commit too.
+    """
     with _lock:
         _marked.setdefault(root, set()).update(announcements)
         engine = connection.engine
@@ -139,12 +156,16 @@ def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -
     for schema, queues in by_schema.items():
         try:
             connection.execute(NOTIFY_QUEUES, {"p_schema": schema, "p_queues": sorted(queues)})
-        except Exception:  # noqa: BLE001 - whatever it is, runners poll
-            log.warning("could not announce queues %s; runners find the jobs at their next poll", sorted(queues), exc_info=True)
+        except Exception:
+            log.warning(
+                "could not announce queues %s; runners find the jobs at their next poll", sorted(queues), exc_info=True
+            )
 
 
 def _sync_engine(engine: Engine) -> Engine:
-    """An engine like *engine*, or, where it drives an async driver, one on psycopg: a thread has no greenlet to await in."""
+    """An engine like *engine*, or, where it drives an async driver, one on psycopg: a thread has no greenlet to await
+    in.
+    """
     if not engine.dialect.is_async:
         return store.twin(engine)
     return create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)

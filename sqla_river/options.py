@@ -14,14 +14,17 @@ from sqla_river.outcomes import LONGEST_DELAY
 
 DEFAULT_QUEUE: Final = "default"
 
-# River's patterns; its queue pattern is written there so that Python's backtracking would take exponential time, and means this.
+# River's patterns; its queue pattern is written there so that Python's backtracking would take exponential time, and
+# means this.
 _KIND: Final = re.compile(r"[\w][\w\-\[\]<>/.·:+]{0,126}", re.ASCII)
 _QUEUE: Final = re.compile(r"[a-z0-9]+(?:[_|\-][a-z0-9]+)*")
 _TAG: Final = re.compile(r"[\w\-]{1,255}", re.ASCII)
 _SCHEMA: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 MAX_QUEUE: Final = 64
-MAX_SCHEMA: Final = 46  # bytes: '<schema>.river_leadership' is a NOTIFY channel, and a longer one aborts the user's transaction
+MAX_SCHEMA: Final = (
+    46  # bytes: '<schema>.river_leadership' is a NOTIFY channel, and a longer one aborts the user's transaction
+)
 MAX_ATTEMPTS: Final = 32767
 MAX_DEPTH: Final = 100
 _TOO_LONG: Final = 10**4300  # Python refuses to turn longer ints into text (sys.set_int_max_str_digits)
@@ -40,19 +43,25 @@ def shown(value: object) -> str:
 
 
 def check_kind(kind: object) -> str:
-    """*kind*, if it is one: 1 to 127 of ``\\w[\\w\\-\\[\\]<>/.·:+]*``."""
+    r"""*kind*, if it is one: 1 to 127 of ``\w[\w\-\[\]<>/.·:+]*``."""
     if not isinstance(kind, str) or not _KIND.fullmatch(kind):
         raise InvalidOptionError(
-            "kind", f"kind must be 1 to 127 letters, digits, '_' or any of -[]<>/.·:+ and start with a letter, digit or '_', got {shown(kind)}"
+            "kind",
+            "kind must be 1 to 127 letters, digits, '_' or any of -[]<>/.·:+ and start with a letter, digit or '_', "
+            f"got {shown(kind)}",
         )
     return kind
 
 
 def check_queue(queue: object) -> str:
-    """*queue*, if it is a name that River takes: lower case letters and digits, parted by single ``_``, ``-`` or ``|``, at most 64."""
+    """*queue*, if it is a name that River takes: lower case letters and digits, parted by single ``_``, ``-`` or
+    ``|``, at most 64.
+    """
     if not isinstance(queue, str) or len(queue) > MAX_QUEUE or not _QUEUE.fullmatch(queue):
         raise InvalidOptionError(
-            "queue", f"queue must be 1 to {MAX_QUEUE} lower case letters and digits, parted by single '_', '-' or '|', got {shown(queue)}"
+            "queue",
+            f"queue must be 1 to {MAX_QUEUE} lower case letters and digits, "
+            f"parted by single '_', '-' or '|', got {shown(queue)}",
         )
     return queue
 
@@ -63,7 +72,9 @@ def check_schema(schema: object) -> str | None:
         return None
     if not isinstance(schema, str) or len(schema) > MAX_SCHEMA or not _SCHEMA.fullmatch(schema):
         raise InvalidOptionError(
-            "schema", f"schema must be a plain identifier of at most {MAX_SCHEMA} bytes (it is part of a NOTIFY channel), got {shown(schema)}"
+            "schema",
+            f"schema must be a plain identifier of at most {MAX_SCHEMA} bytes "
+            f"(it is part of a NOTIFY channel), got {shown(schema)}",
         )
     return schema
 
@@ -78,14 +89,18 @@ def check_when(option: str, value: object) -> datetime | timedelta:
         raise InvalidOptionError(option, f"{option} must be an aware datetime or a timedelta, got {shown(value)}")
     if value.tzinfo is None or value.utcoffset() is None:
         raise InvalidOptionError(
-            option, f"{option} must be aware, got the naive {value.isoformat()}; write datetime.now(UTC) or give a timedelta from now"
+            option,
+            f"{option} must be aware, got the naive {value.isoformat()}; "
+            "write datetime.now(UTC) or give a timedelta from now",
         )
     try:
         value = value.astimezone(UTC)
     except OverflowError:
         value = LATEST + timedelta(days=1)
     if not EARLIEST <= value <= LATEST:
-        raise InvalidOptionError(option, f"{option} must lie between {EARLIEST:%Y-%m-%d} and {LATEST:%Y-%m-%d}, got {shown(value)}")
+        raise InvalidOptionError(
+            option, f"{option} must lie between {EARLIEST:%Y-%m-%d} and {LATEST:%Y-%m-%d}, got {shown(value)}"
+        )
     return value
 
 
@@ -120,6 +135,21 @@ def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> A
     where = f"at {path[:60]}"
     if depth > MAX_DEPTH:
         raise InvalidOptionError(option, f"{option} is nested deeper than {MAX_DEPTH} {where}")
+    if isinstance(value, Mapping):
+        entries: dict[str, Any] = {}
+        for key, item in cast("Mapping[object, object]", value).items():
+            if not isinstance(key, str):
+                raise InvalidOptionError(option, f"{option} has a key that is not a string {where}: {shown(key)}")
+            name = _check_scalar(option, key, where)
+            entries[name] = check_json(option, item, f"{path}.{name}", depth + 1)
+        return entries
+    if isinstance(value, list | tuple):
+        items = cast("Sequence[object]", value)
+        return [check_json(option, item, f"{path}[{index}]", depth + 1) for index, item in enumerate(items)]
+    return _check_scalar(option, value, where)
+
+
+def _check_scalar(option: str, value: object, where: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -130,26 +160,13 @@ def check_json(option: str, value: object, path: str = "$", depth: int = 0) -> A
         return str.__str__(value)
     if isinstance(value, int):
         if not -_TOO_LONG < value < _TOO_LONG:
-            raise InvalidOptionError(option, f"{option} holds an int of more than 4,300 digits {where}; store it as text")
+            raise InvalidOptionError(option, f"{option} holds an int of over 4,300 digits {where}; store it as text")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidOptionError(option, f"{option} holds {value} {where}; JSON has no such number")
         return float(value)
-    if isinstance(value, Mapping):
-        entries: dict[str, Any] = {}
-        for key, item in cast("Mapping[object, object]", value).items():
-            if not isinstance(key, str):
-                raise InvalidOptionError(option, f"{option} has a key that is not a string {where}: {shown(key)}")
-            name = check_json(option, key, path, depth + 1)
-            entries[name] = check_json(option, item, f"{path}.{name}", depth + 1)
-        return entries
-    if isinstance(value, list | tuple):
-        items = cast("Sequence[object]", value)
-        return [check_json(option, item, f"{path}[{index}]", depth + 1) for index, item in enumerate(items)]
-    raise InvalidOptionError(
-        option, f"{option} holds a {type(value).__name__} {where}; JSON knows only plain values"
-    )
+    raise InvalidOptionError(option, f"{option} holds a {type(value).__name__} {where}; JSON knows only plain values")
 
 
 def json_text(option: str, value: object) -> str:
@@ -263,7 +280,9 @@ def said_in(words: OptionWords) -> InsertOptions:
     return InsertOptions(**words) if words else NOTHING_SAID
 
 
-RIVER_DEFAULTS: Final = InsertOptions(queue=DEFAULT_QUEUE, priority=1, max_attempts=25, tags=(), metadata={}, pending=False)
+RIVER_DEFAULTS: Final = InsertOptions(
+    queue=DEFAULT_QUEUE, priority=1, max_attempts=25, tags=(), metadata={}, pending=False
+)
 
 
 @attrs.frozen

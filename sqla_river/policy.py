@@ -20,7 +20,9 @@ class RetryPolicy(Protocol):
 
 def _positive(_: object, field: "attrs.Attribute[timedelta]", value: object) -> None:
     if not isinstance(value, timedelta):
-        raise InvalidOptionError(field.name, f"{field.name} must be a timedelta, got {value!r}; a bare number means no time")
+        raise InvalidOptionError(
+            field.name, f"{field.name} must be a timedelta, got {value!r}; a bare number means no time"
+        )
     if value < timedelta(0):
         raise InvalidOptionError(field.name, f"{field.name} must not be negative, got {value}")
 
@@ -36,7 +38,9 @@ def _fraction(_: object, field: "attrs.Attribute[float]", value: object) -> None
 
 
 def _bounded(base: float, exponent: float, factor: float, longest: timedelta, jitter: float) -> timedelta:
-    """``base * factor ** exponent`` seconds, spread by +-*jitter*, at most *longest*; compared by logarithms, so nothing overflows."""
+    """``base * factor ** exponent`` seconds, spread by +-*jitter*, at most *longest*; compared by logarithms, so
+    nothing overflows.
+    """
     cap = longest.total_seconds()
     if base <= 0:
         return timedelta(0)
@@ -67,7 +71,9 @@ class Exponential:
 
 
 class RiverPolicy:
-    """River's default: ``attempt ** 4`` seconds, spread by +-10 %, here capped at 30 days (River lets it grow to centuries)."""
+    """River's default: ``attempt ** 4`` seconds, spread by +-10 %, here capped at 30 days (River lets it grow to
+    centuries).
+    """
 
     def delay(self, attempt: int, /) -> timedelta:
         return _bounded(1, 4, max(attempt, 1), LONGEST_RETRY, 0.1)

@@ -10,24 +10,26 @@ from sqla_river.admin import Changed, Filter
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
 from sqla_river.config import NotifyMode, Settings
 from sqla_river.errors import ConfigError
-from sqla_river.insert import AnySession, Inserted, Items
+from sqla_river.insert import Inserted, Items
 from sqla_river.models import Job, JobMixin
 from sqla_river.options import NOTHING_SAID, InsertOptions, OptionWords, said_in
+from sqla_river.session import AnySession
 
 J = TypeVar("J", bound=JobMixin)
 K = TypeVar("K", bound=JobMixin)
 
 
 class River(Generic[J]):
-    """One way to put jobs in: a Job class with its settings. They are written onto the class, so that ``session.add(Job(args))`` and
+    """One way to put jobs in: a Job class with its settings. They are written onto the class, so that
+    ``session.add(Job(args))`` and
     ``river.enqueue(session, args)`` are the same.
 
     Args:
         job_class: the mapping; the shipped `Job` unless said otherwise.
         codec: how args become JSON and back.
         defaults: options that neither a call nor an args class says.
-        notify: how runners hear of a job: ``"transaction"`` (a NOTIFY inside the transaction), ``"after_commit"`` (from a side
-            connection, once it is over: for many commits a second) or ``"off"`` (they poll).
+        notify: how runners hear of a job: ``"transaction"`` (a NOTIFY inside the transaction), ``"after_commit"``
+            (from a side connection, once it is over: for many commits a second) or ``"off"`` (they poll).
 
     Raises:
         ConfigError: the class has a River with other settings already.
@@ -54,7 +56,9 @@ class River(Generic[J]):
         if written is None:
             job_class.__river__ = settings
         elif written != settings:
-            raise ConfigError(f"{job_class.__name__} has a River with other settings already; make one River per Job class and pass it on")
+            raise ConfigError(
+                f"{job_class.__name__} has a River with other settings already; make one River per Job class and pass it on"
+            )
         self.job_class: type[J] = job_class
 
     @classmethod
@@ -77,7 +81,8 @@ class River(Generic[J]):
     ) -> J:
         """Put a job into the caller's unit of work: it commits or vanishes with the rows it belongs to.
 
-        Given a Session the job is pending in it, exactly as ``session.add(Job(args))`` would leave it: no round trip here, ``id``
+        Given a Session the job is pending in it, exactly as ``session.add(Job(args))`` would leave it: no round trip
+        here, ``id``
         is None until the flush. Given a Core Connection it is inserted at once. Never commits, and opens no savepoint.
 
         Times are the database's: a timedelta counts from now() of the transaction, which is its start.
@@ -85,8 +90,8 @@ class River(Generic[J]):
         Args:
             session: Session, scoped_session or Connection; for AsyncSession there is ``sqla_river.asyncio``.
             args: an instance of an args class: attrs or dataclass, with a ``kind``. Encoded now.
-            options: queue, priority, max_attempts, tags, metadata, scheduled_at, pending: see `InsertOptions`. What is left out
-                or None, the args class and then this River decide.
+            options: queue, priority, max_attempts, tags, metadata, scheduled_at, pending: see `InsertOptions`.
+                What is left out or None, the args class and then this River decide.
 
         Raises:
             EncodeError: args that their declared types, JSON or PostgreSQL refuse.
@@ -96,12 +101,11 @@ class River(Generic[J]):
         """
         return insert.enqueue(session, args, said_in(options), self.job_class)
 
-    def enqueue_many(
-        self, session: AnySession, items: Items, *, returning: bool = False
-    ) -> Inserted:
+    def enqueue_many(self, session: AnySession, items: Items, *, returning: bool = False) -> Inserted:
         """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, one round trip each.
 
-        Pending rows of the Session are flushed first. A block is whole before any of it is sent, so *items* may be a generator
+        Pending rows of the Session are flushed first. A block is whole before any of it is sent, so *items* may be a
+        generator
         that uses the same session; memory stays bounded however long it is. Nothing is committed.
 
         Args:
@@ -113,16 +117,18 @@ class River(Generic[J]):
         """
         return insert.enqueue_many(session, items, self.job_class, returning=returning)
 
-
     @overload
     def cancel(self, session: AnySession, which: int) -> J: ...
     @overload
     def cancel(self, session: AnySession, which: Filter) -> Changed: ...
     def cancel(self, session: AnySession, which: int | Filter) -> J | Changed:
-        """Cancel one job by its id, or those that a ``select(Job)``, or a condition on it, chooses. Part of the caller's transaction.
+        """Cancel one job by its id, or those that a ``select(Job)``, or a condition on it, chooses. Part of the
+        caller's transaction.
 
-        What does not run is cancelled at once. What runs is marked, and its handler told when this commits: within milliseconds,
-        or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler that completes all the
+        What does not run is cancelled at once. What runs is marked, and its handler told when this commits: within
+        milliseconds,
+        or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler that
+        completes all the
         same stays completed (River's rule). A finished job is left as it is.
 
         Returns:
@@ -138,7 +144,8 @@ class River(Generic[J]):
     def wait_for(self, session: AnySession | Engine, job_id: int, *, timeout: timedelta | None = None) -> J:
         """Wait until a job is completed, cancelled or discarded; the Job, detached, as it stands then.
 
-        It looks on connections of its own, first after 20 ms, then in pauses that double up to 500 ms; at once where this very
+        It looks on connections of its own, first after 20 ms, then in pauses that double up to 500 ms; at once where
+        this very
         process finishes the job.
 
         Args:

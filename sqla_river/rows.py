@@ -17,7 +17,9 @@ EXPIRES_KEY: Final = "sqla_river:expires_at"
 
 
 class Place(NamedTuple):
-    """Where a new job starts: its state, its time (None is the database's now()), and whether runners should hear of it."""
+    """Where a new job starts: its state, its time (None is the database's now()), and whether runners should hear of
+    it.
+    """
 
     state: JobState
     at: datetime | None
@@ -25,7 +27,8 @@ class Place(NamedTuple):
 
 
 def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], datetime]) -> Place:
-    """Decide between available, scheduled and pending by *now*, the database's clock, which is asked only if there is a time to compare.
+    """Decide between available, scheduled and pending by *now*, the database's clock, which is asked only if there is
+    a time to compare.
 
     A time that has come inserts as available: River would let it wait for its scheduler.
     """
@@ -57,7 +60,8 @@ class InsertRow:
 
 
 class JobRow(NamedTuple):
-    """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row fails alone.
+    """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row
+    fails alone.
 
     `attempt` counts this attempt already. `token` is the fence: only its holder may change the outcome.
     """

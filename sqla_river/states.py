@@ -63,7 +63,8 @@ class Transition:
     """A row change that a result asks for. Only the functions below build one, so no wrong combination can be said.
 
     `state` is where the job goes, unless somebody asked to cancel it while it ran: then every unfinished state becomes
-    cancelled. `delay` counts from the database's now(); None leaves ``scheduled_at`` as it is. `metadata` is the JSON text of
+    cancelled. `delay` counts from the database's now(); None leaves ``scheduled_at`` as it is. `metadata` is the JSON
+    text of
     an object that is merged into the job's.
     """
 
@@ -79,12 +80,16 @@ _COMPLETED: Final = Transition(JobState.COMPLETED)
 
 
 def completed(metadata: str | None = None) -> Transition:
-    """The handler returned. Without metadata this is always the same object, which the completer takes as its fast path."""
+    """The handler returned. Without metadata this is always the same object, which the completer takes as its fast
+    path.
+    """
     return Transition(JobState.COMPLETED, metadata=metadata) if metadata else _COMPLETED
 
 
 def errored(error: AttemptError, delay: timedelta, metadata: str | None = None) -> Transition:
-    """The attempt failed and there are attempts left: again after *delay*. However short the delay, the job waits as retryable."""
+    """The attempt failed and there are attempts left: again after *delay*. However short the delay, the job waits as
+    retryable.
+    """
     return Transition(JobState.RETRYABLE, delay=delay, error=error, metadata=metadata)
 
 

@@ -1,4 +1,6 @@
-"""The tables as SQLAlchemy sees them: a description for statements and mappings. The DDL itself stands in ``ddl.py``."""
+"""The tables as SQLAlchemy sees them: a description for statements and mappings. The DDL itself stands in
+``ddl.py``.
+"""
 
 import sys
 from typing import Any, Final
@@ -112,7 +114,8 @@ def job_table(metadata: MetaData, schema: str | None = None) -> Table:
             "unique_key",
             unique=True,
             postgresql_where=text(
-                "unique_key IS NOT NULL AND unique_states IS NOT NULL AND river_job_state_in_bitmask(unique_states, state)"
+                "unique_key IS NOT NULL AND unique_states IS NOT NULL "
+                "AND river_job_state_in_bitmask(unique_states, state)"
             ),
         ),
         schema=schema,

@@ -10,10 +10,9 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from sqla_river import store
-from sqla_river.admin import load
 from sqla_river.errors import JobNotFoundError, UncommittedJobError, WaitTimeoutError
-from sqla_river.insert import sync_session
 from sqla_river.models import JobMixin, declared_schema
+from sqla_river.session import load, sync_session
 from sqla_river.statements import SELECT_STATES
 
 J = TypeVar("J", bound=JobMixin)

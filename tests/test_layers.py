@@ -11,16 +11,19 @@ PACKAGE = ROOT / "sqla_river"
 
 FLOORS: list[set[str]] = [
     {"errors", "states", "ddl", "loop"},  # 0 words and data; standard library only
-    {"outcomes", "failure", "policy", "rows", "fields"},  # 1 plain values and pure rules
-    {"options", "shapes", "tables"},  # 2 what is allowed; Table objects
+    {"outcomes", "failure", "policy", "rows", "codec"},  # 1 plain values and pure rules
+    {"options", "tables"},  # 2 what is allowed; Table objects
     {"args", "context", "statements"},  # 3 encode and decode; what a handler sees; every statement
-    {"config", "workers", "store", "embedded"},  # 4 settings; registry; the door for statements
+    {"config", "workers", "hooks", "store", "embedded"},  # 4 settings; registry; the door for statements
     {"notify", "bulk", "schema", "listen"},  # 5 the other doors: only doors execute SQL
     {"models"},  # 6 the mapping, and its listeners
-    {"insert", "stats", "fetch", "execute", "complete", "heartbeat"},  # 7 the stations
-    {"river"},  # 8 assembly of the client
-    {"asyncio", "runner"},  # 9 its awaited twin; assembly of the worker, which alone knows everybody
-    {"cli", "ext", "testing"},  # 10 skins
+    {"session"},  # 7 the caller's session
+    {"insert", "admin", "wait", "stats", "check"},  # 8 the stations of a client
+    {"fetch", "execute", "slots", "settle", "complete", "heartbeat", "duties"},  # 9 the stations of a worker
+    {"river"},  # 10 assembly of the client
+    {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody
+    {"runner"},  # 12 the face of the worker
+    {"cli", "ext", "testing"},  # 13 skins
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -72,9 +75,11 @@ def _imports_of_the_core(path: Path) -> Iterator[str]:
 def test_words_and_data_need_the_standard_library_only(name: str) -> None:
     import sys
 
-    for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert all(each.split(".")[0] in sys.stdlib_module_names for each in names)
+    for path in [path for path in MODULES if _home(path) == name]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for each in names:
+                assert each.split(".")[0] in sys.stdlib_module_names or each.startswith(f"sqla_river.{name}")
 
 
 def test_no_floor_names_a_module_that_is_gone() -> None:

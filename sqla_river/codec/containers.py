@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeGuard, cast
 
-from sqla_river.plain import whole
-from sqla_river.shapes import INT, NONE, Mismatch, Shape, is_dict, is_list, key_name, wrong
+from sqla_river.codec.plain import whole
+from sqla_river.codec.shapes import INT, NONE, Mismatch, Shape, is_dict, is_list, key_name, wrong
 
 
 def array(

@@ -357,6 +357,9 @@ def _caller(kind: type[Enum] | None, json: frozenset[type]) -> Callable[[Any], A
     def call(value: Any) -> Any:
         if kind is None or type(value) not in (json or {int}):
             raise ValueError
-        return kind(value)
+        member = kind(value)
+        if isinstance(member, Flag) and value > member.value:
+            raise ValueError  # bits that no member has: before Python 3.11.4 a plain Flag drops them without a word
+        return member
 
     return call

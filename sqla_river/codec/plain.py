@@ -4,7 +4,7 @@ from enum import Enum
 from types import NoneType
 from typing import Any, Final
 
-from sqla_river.shapes import STR, Mismatch, Shape, encode_float, is_dict, is_list, key_name, type_name
+from sqla_river.codec.shapes import STR, Mismatch, Shape, encode_float, is_dict, is_list, key_name, type_name
 
 MAX_DEPTH: Final = 200
 TOO_DEEP: Final = (

@@ -14,9 +14,9 @@ import cattrs
 from cattrs.disambiguators import create_default_dis_func
 from cattrs.gen import override
 
-from sqla_river import containers, plain, shapes
-from sqla_river.fields import Field, fields_of, has_fields, redacted_keys
-from sqla_river.shapes import Mismatch, Shape, shown, type_name
+from sqla_river.codec import containers, plain, shapes
+from sqla_river.codec.fields import Field, fields_of, has_fields, redacted_keys
+from sqla_river.codec.shapes import Mismatch, Shape, shown, type_name
 
 
 @attrs.frozen

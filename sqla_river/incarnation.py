@@ -1,0 +1,409 @@
+"""One life of a Runner: its stations put together, from start to stop."""
+
+import atexit
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+from sqlalchemy import Engine
+
+from sqla_river import states, store
+from sqla_river.complete import Completer
+from sqla_river.context import JobContext, cancel_context
+from sqla_river.duties import turns
+from sqla_river.duties.prune import Clean, Prune
+from sqla_river.duties.rescue import Isolate, Rescue
+from sqla_river.duties.turns import Turns
+from sqla_river.execute import Executor, interrupt
+from sqla_river.failure import storable
+from sqla_river.fetch import Fetcher
+from sqla_river.heartbeat import Fleet, Heartbeat
+from sqla_river.hooks import ErrorHandler, Event, Events, WorkMiddleware
+from sqla_river.listen import Listener
+from sqla_river.loop import Loop
+from sqla_river.models import declared_schema
+from sqla_river.options import Retention
+from sqla_river.policy import RIVER_POLICY
+from sqla_river.river import River
+from sqla_river.rows import JobRow, Result
+from sqla_river.settle import Scope
+from sqla_river.slots import EventLoop, Threads, Watch
+from sqla_river.states import FINALIZED, AttemptError, JobState
+from sqla_river.store import OwnConnection
+from sqla_river.wait import finished_here
+from sqla_river.workers import Retry, Workers
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+log: Final = logging.getLogger(__name__)
+
+CONTROL: Final = "river_control"
+TOPICS: Final = ("river_insert", CONTROL)
+INTERRUPT_TIMEOUT: Final = 5.0
+"""Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
+FLUSH_TIMEOUT: Final = 0.7
+"""Seconds for the last results, beyond what is left of the stop's own time."""
+READY_TIMEOUT: Final = 10.0
+"""Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
+
+
+def new_runner_id() -> str:
+    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice."""
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
+    return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
+
+
+@attrs.frozen
+class Orders:
+    """What a Runner was told; durations in seconds."""
+
+    engine: Engine
+    workers: Workers
+    queues: Mapping[str, int]
+    river: River[Any]
+    sessions: Any
+    async_engine: "AsyncEngine | None"
+    timeout: timedelta | None
+    retry: Retry | None
+    poll: float
+    heartbeat: float
+    lease: float
+    retention: Retention
+    listen_engine: Engine | None
+    middleware: Sequence[WorkMiddleware]
+    on_error: ErrorHandler | None
+    events: Events
+
+
+class Incarnation:
+    """One life of a Runner, from start to stop: its stations, their threads, and an id of its own."""
+
+    def __init__(self, orders: Orders) -> None:
+        self.id = new_runner_id()
+        self.pid = os.getpid()
+        self.started = False
+        self.stopping = False
+        self.exhausted = threading.Event()
+        self.events = orders.events
+        self._hurry = 0
+        self._changed = threading.Event()
+        self._unfinished: dict[int, JobRow] = {}
+        self._given_up: set[JobRow] = set()
+        self._most_given_up = sum(orders.queues.values())
+        self._flush_by = math.inf
+        schema = declared_schema(orders.river.job_class)
+        slots = orders.queues
+        engine = store.twin(orders.engine)
+
+        def own(role: str, **settings: str) -> OwnConnection:
+            return OwnConnection(engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off", **settings})
+
+        fetch, heartbeat = own("fetch"), own("heartbeat")
+        # A plan made while the table was empty would hash the whole primary key for each batch, until the next ANALYZE.
+        complete = own("complete", enable_hashjoin="off", enable_mergejoin="off")
+        duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
+        self._watch = Watch(lambda: self._watching.wake(), self._stuck, lambda: self._event_loop.look())
+        self.executor = Executor(
+            orders.workers,
+            orders.river.settings.codec,
+            retry=orders.retry,
+            timeout=orders.timeout,
+            watch=self._watch.add,
+            scope=Scope(
+                orders.engine, orders.river.job_class, orders.sessions, orders.async_engine, lambda: self.stopping
+            ),
+            middleware=orders.middleware,
+            on_error=orders.on_error,
+        )
+        self._threads = Threads(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
+        self._event_loop = EventLoop(self.executor.execute_async, self._finished, "sqla_river-loop")
+        self.completer = Completer(
+            complete,
+            wake=lambda: self._completing.wake(),
+            written=self._written,
+            relieved=lambda: self._fetcher.relieved(),
+        )
+        self._listener = (
+            Listener(store.twin(orders.listen_engine), schema, f"sqla_river:listen:{self.id}", TOPICS, self._heard)
+            if orders.listen_engine is not None
+            else None
+        )
+        self._fetcher = Fetcher(
+            fetch,
+            self.id,
+            slots,
+            kinds=lambda: orders.workers.kinds,
+            deliver=self._deliver,
+            ready=lambda: self.completer.ready and self._heart.fresh,
+            poll=orders.poll,
+            hears=lambda: self._listener is not None and self._listener.ready.is_set(),
+            wake=lambda: self._fetching.wake(),
+        )
+        self._heart = Heartbeat(
+            heartbeat,
+            self.id,
+            slots,
+            orders.heartbeat,
+            orders.lease,
+            unfinished=lambda: list(self._unfinished.values()),
+            lost=self._lost,
+            learnt=self._learnt,
+        )
+        self._turns = Turns(
+            duties,
+            [
+                Rescue(lambda: self._heart.kept, self._rescued, _sweep_every(orders.lease)),
+                Isolate(lambda: self._fetcher.suspects, self._fetcher.begin_alone),
+                Prune(orders.retention),
+                Clean(),
+            ],
+        )
+        self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
+        self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
+        self._beating = Loop("sqla_river-heartbeat", self._heart.step, self._heart.leave)
+        self._maintaining = Loop("sqla_river-duties", self._turns.step, duties.close)
+        self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
+
+    # ---- the arrows between the stations ----------------------------------------------------------------------------------
+
+    def _deliver(self, rows: list[JobRow]) -> None:
+        if self.stopping:
+            self._give_back(rows)
+            return
+        self._unfinished.update((row.id, row) for row in rows)
+        loop = [row for row in rows if self.executor.is_async(row)]
+        if loop:
+            self._event_loop.deliver(loop)
+            rows = [row for row in rows if not self.executor.is_async(row)]
+        if rows:
+            self._threads.deliver(rows)
+
+    def _finished(self, result: Result) -> None:
+        # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
+        self.completer.put(result)
+        if self._given_up and result.job in self._given_up:
+            self._given_up.discard(result.job)
+            return
+        if self._unfinished.get(result.job.id) is result.job:
+            del self._unfinished[result.job.id]
+        self._fetcher.freed(result.job.queue)
+        if self.stopping:
+            self._changed.set()
+
+    def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
+        for result, state in written:
+            delay = result.transition.delay
+            if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
+                self._fetcher.due_in(delay.total_seconds())
+        finished_here(result.job.id for result, state in written if state in FINALIZED)
+        if self.events.heard:
+            self.events.results(written)
+
+    def _rescued(self, freed: Sequence[Any]) -> None:
+        self._fetcher.heard(None)
+        if self.events.heard:
+            for row in freed:
+                self.events.put(Event("rescued", row.queue, row.id, row.kind))
+
+    def _heard(self, topic: str | None, payload: str) -> None:
+        """A notification: anybody may send one, so it is only a hint."""
+        notice = _notice(payload) if topic is not None else {}
+        queue = notice.get("queue")
+        queue = queue if isinstance(queue, str) else None
+        if topic == CONTROL:
+            self._controlled(notice.get("action"), queue, notice.get("job_id"))
+            return
+        if notice.get("suspects") is True:
+            self._fetcher.suspects = True
+        self._fetcher.heard(queue)
+
+    def _controlled(self, action: object, queue: str | None, job_id: object) -> None:
+        if action == "cancel" and isinstance(job_id, int) and job_id in self._unfinished:
+            self._beating.wake()  # which reads whether somebody did ask
+        elif action == "resume":
+            self._fetcher.heard(None if queue in (None, "*") else queue)
+        if action in ("pause", "resume") and self.events.heard and queue is not None:
+            self.events.put(Event("queue_paused" if action == "pause" else "queue_resumed", queue))
+
+    def _learnt(self, fleet: Fleet) -> None:
+        self._fetcher.rank = fleet.rank
+        self._fetcher.suspects = fleet.suspects
+        self._fetcher.relieved()
+        for job_id in fleet.cancelled:
+            job = self.executor.running.get(job_id)
+            if job is not None:
+                cancel_context(job, "cancel")
+
+    def _lost(self, rows: Sequence[JobRow]) -> None:
+        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun are dropped."""
+        log.warning(
+            "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
+        )
+        lost = set(rows)
+        keep: list[JobRow] = []
+        for row in self._threads.take_back():
+            if row in lost:
+                self._unfinished.pop(row.id, None)
+                self._fetcher.freed(row.queue)
+            else:
+                keep.append(row)
+        self._threads.put_back(keep)
+        for row in rows:
+            job = self.executor.running.get(row.id)
+            if job is not None and job.row is row:
+                cancel_context(job, "lease lost")
+
+    def _stuck(self, job: JobContext[Any]) -> None:
+        """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
+        row = job.row
+        if self._unfinished.get(row.id) is not row:
+            return
+        self._given_up.add(row)
+        stack = self._threads.give_up(row)
+        log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
+        error = AttemptError(
+            row.attempt, "TimeoutError: the handler ignored its timeout and was given up", storable(stack, 8_000)
+        )
+        if row.attempt >= row.max_attempts:
+            transition = states.discarded(error)
+        else:
+            transition = states.errored(error, RIVER_POLICY.delay(row.attempt))
+        self.completer.put(Result(row, transition))
+        self.executor.running.pop(row.id, None)
+        self._unfinished.pop(row.id, None)
+        self._fetcher.freed(row.queue)
+        if len(self._given_up) >= self._most_given_up:
+            log.error(
+                "%d handlers hang; this runner drains and ends, for its supervisor to start another",
+                len(self._given_up),
+            )
+            self.exhausted.set()
+
+    def _give_back(self, rows: Sequence[JobRow]) -> None:
+        for row in rows:
+            self.completer.put(Result(row, states.interrupted()))
+            self._unfinished.pop(row.id, None)
+
+    def _flush(self) -> None:
+        self.completer.flush(lambda: self._flush_by)
+        self.completer.close()
+
+    # ---- life -------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        atexit.register(_stop_at_exit, weakref.ref(self))
+        for loop in (self._completing, self._beating, self._maintaining, self._watching):
+            loop.start()
+        if self._listener is not None:
+            self._listener.start()
+        until = time.monotonic() + READY_TIMEOUT
+        while not self._ready() and time.monotonic() < until and not self._hurry:
+            time.sleep(0.005)
+        self.started = True
+        self._fetching.start()
+        queues = ", ".join(f"{name}={size}" for name, size in self._heart.slots.items())
+        log.info("runner %s works queues %s", self.id, queues)
+
+    def _ready(self) -> bool:
+        """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on it."""
+        return self._heart.beaten and (self._listener is None or self._listener.ready.is_set())
+
+    def hurry(self) -> None:
+        """Go one step further: from starting to started, from waiting to interrupting, from there to leaving behind."""
+        self._hurry += 1
+        self._changed.set()
+
+    def stop(self, soft: float) -> None:
+        self.stopping = True
+        self._hurry = 0
+        began = time.monotonic()
+        atexit.unregister(_stop_at_exit)
+        self._fetching.stop()
+        self._give_back(self._threads.take_back())
+        if not self._finish_by(began + soft, hurried=1) and self._unfinished:
+            log.warning(
+                "%d jobs still run after %.1f s and are interrupted", len(self._unfinished), time.monotonic() - began
+            )
+            interrupt(list(self.executor.running.values()))
+            if not self._finish_by(time.monotonic() + INTERRUPT_TIMEOUT, hurried=2):
+                left = list(self._unfinished.values())
+                log.error(
+                    "%d jobs ignore the stop and are left behind: %s",
+                    len(left),
+                    [(row.id, row.kind) for row in left[:20]],
+                )
+                self._give_back(left)
+        self._threads.stop()
+        self._event_loop.stop()
+        self._write_the_last(max(began + soft, time.monotonic()) + FLUSH_TIMEOUT)
+        for loop in (self._maintaining, self._beating, self._watching):
+            loop.stop()
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener.join(0.1)
+        self._beating.join(0.1)
+        log.info("runner %s has stopped", self.id)
+
+    def _write_the_last(self, deadline: float) -> None:
+        """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is hurried."""
+        hurried = self._hurry
+        self._flush_by = deadline
+        self._completing.stop()
+        while self._completing.alive and time.monotonic() < self._flush_by:
+            self._completing.join(0.05)
+            if self._hurry > hurried:
+                self._flush_by = min(self._flush_by, time.monotonic() + FLUSH_TIMEOUT)
+                hurried = self._hurry + 1
+        self._completing.join(0.1)
+        if self.completer.backlog:
+            log.error(
+                "%d results could not be written; their jobs run again when the lease of %s is over",
+                self.completer.backlog,
+                self.id,
+            )
+
+    def _finish_by(self, deadline: float, hurried: int) -> bool:
+        """Wait until nothing runs any more; False at *deadline*, or once the stop was hurried so often."""
+        while self._unfinished or self._fetching.alive:
+            self._changed.clear()
+            self._give_back(self._threads.take_back())
+            left = deadline - time.monotonic()
+            if left <= 0 or self._hurry >= hurried:
+                return False
+            if self._fetching.alive:
+                self._fetching.join(min(left, 0.05))
+            elif self._unfinished:
+                self._changed.wait(min(left, 0.5))
+        return True
+
+
+def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
+    incarnation = reference()
+    if incarnation is not None and incarnation.pid == os.getpid() and not incarnation.stopping:
+        incarnation.stop(0.0)
+
+
+def _notice(payload: str) -> dict[str, Any]:
+    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint."""
+    try:
+        notice = json.loads(payload)
+    except (ValueError, RecursionError):
+        return {}
+    return notice if isinstance(notice, dict) else {}
+
+
+def _sweep_every(lease: float) -> timedelta:
+    """5 s, or sooner where leases are shorter than the usual 30 s."""
+    return timedelta(seconds=min(5.0, lease / 6))

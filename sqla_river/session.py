@@ -1,0 +1,78 @@
+"""The caller's session: which it is, where its jobs go, and what it is told of Core work."""
+
+import sys
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session, scoped_session
+
+from sqla_river import store
+from sqla_river.errors import AsyncSessionError, JobNotFoundError, SessionError
+from sqla_river.models import JobMixin
+
+J = TypeVar("J", bound=JobMixin)
+AnySession = Session | scoped_session[Any] | Connection
+
+
+def sync_session(session: Any) -> Session | Connection:
+    """The Session or Connection behind *session*.
+
+    Raises:
+        AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must
+            not look like a stored job.
+        SessionError: for anything else.
+    """
+    if isinstance(session, Session | Connection):
+        return session
+    if type(session).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(session, "sync_session"):
+        raise AsyncSessionError(
+            f"this verb is for a plain Session, got {type(session).__name__}; "
+            "write 'from sqla_river.asyncio import enqueue' and await it"
+        )
+    registry = getattr(session, "registry", None)
+    if callable(registry):
+        return sync_session(registry())
+    raise SessionError(
+        f"expected a Session, scoped_session or Connection, got {type(session).__name__}; "
+        "write 'with Session(engine) as session' and pass that"
+    )
+
+
+def check_bind(session: Session | Connection, job_class: type[JobMixin]) -> None:
+    """Raise `WrongDatabaseError` unless jobs of *job_class* go to PostgreSQL. No round trip."""
+    bind = session if isinstance(session, Connection) else session.get_bind(mapper=job_class)
+    store.check_postgresql(bind.dialect.name, bind.dialect.driver)
+
+
+def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connection:
+    """The connection that jobs of *job_class* go to, in the caller's transaction; pending rows of a Session are
+    flushed first.
+    """
+    if isinstance(session, Connection):
+        return session
+    session.flush()
+    return session.connection(bind_arguments={"mapper": job_class})
+
+
+def mark_changed(session: Session | Connection) -> None:
+    """Tell zope.sqlalchemy, if it watches *session*, that there is something to commit: Core work alone it would roll
+    back, silently.
+    """
+    zope = sys.modules.get("zope.sqlalchemy")
+    if zope is not None and isinstance(session, Session):
+        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
+        if session in joined:
+            zope.mark_changed(session)
+
+
+def load(session: Session | Connection, job_id: int, job_class: type[J]) -> J:
+    """The job as it stands now; raises `JobNotFoundError`."""
+    if isinstance(session, Connection):
+        with Session(bind=session, join_transaction_mode="rollback_only") as own:
+            job = load(own, job_id, job_class)
+            own.expunge(job)
+            return job
+    found = session.get(job_class, job_id, populate_existing=True)
+    if found is None:
+        raise JobNotFoundError(job_id)
+    return found
