@@ -13,10 +13,11 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError, OperationalError
 
+from sqla_river.context import JobContext
 from sqla_river.failure import storable
 from sqla_river.policy import RIVER_POLICY
-from sqla_river.rows import Result
-from sqla_river.statements import COMPLETE_JOBS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
+from sqla_river.rows import JobRow, Result
+from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.store import OwnConnection, error_json
 
@@ -25,6 +26,8 @@ log: Final = logging.getLogger(__name__)
 LARGEST_BATCH: Final = 1_000
 LARGEST_BACKLOG: Final = 10_000
 """Results not yet written, beyond which nothing more is fetched; River's number."""
+NOTE_EVERY: Final = 1.0
+"""Seconds between two writings of progress."""
 _FIRST_RETRY: Final = 0.05
 _LONGEST_RETRY: Final = 5.0
 _GIVE_UP: Final = 0.4
@@ -65,12 +68,19 @@ class Completer:
         self._results: deque[Result] = deque()
         self._taken: list[Result] = []
         self._again: list[Again] = []
+        self._progress: dict[JobRow, JobContext[Any]] = {}
+        self._noted_at = 0.0
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
     def put(self, result: Result) -> None:
         """Take *result*; written soon. Constant time, no lock."""
         self._results.append(result)
+        self._wake()
+
+    def progressed(self, job: JobContext[Any]) -> None:
+        """Note how far *job* is; written with the next batch that is a second after the last."""
+        self._progress[job.row] = job
         self._wake()
 
     @property
@@ -94,10 +104,29 @@ class Completer:
         self._retry(time.monotonic())
         if full and self.ready:
             self._relieved()
+        if self._progress and time.monotonic() >= self._noted_at + NOTE_EVERY:
+            self._note()
         if self._results:
             return 0.0
-        soonest = min((again.at for again in self._again), default=None)
-        return 3_600.0 if soonest is None else max(soonest - time.monotonic(), 0.0)
+        waits = [again.at for again in self._again]
+        if self._progress:
+            waits.append(self._noted_at + NOTE_EVERY)
+        return max(min(waits, default=math.inf) - time.monotonic(), 0.0) if waits else 3_600.0
+
+    def _note(self) -> None:
+        """Write what the jobs said of their progress. It is lost where the database is away: the next word of it comes soon enough."""
+        self._noted_at = time.monotonic()
+        noted = []
+        while self._progress:
+            noted.append(self._progress.popitem()[1])
+        self._own.execute(
+            NOTE_PROGRESS,
+            {
+                "p_ids": [job.id for job in noted],
+                "p_tokens": [job.row.token for job in noted],
+                "p_notes": [job.progressed for job in noted],
+            },
+        )
 
     def flush(self, until: Callable[[], float]) -> None:
         """Write everything, or as much as can be written *until* that time (monotonic). Errors are tried again."""

@@ -15,6 +15,8 @@ A_co = TypeVar("A_co", covariant=True)
 
 CancelReason = Literal["timeout", "cancel", "stop", "lease lost"]
 
+LONGEST_OUTPUT: Final = 1_048_576
+
 _lock: Final = threading.Lock()
 
 
@@ -71,16 +73,33 @@ class JobContext(Generic[A_co]):
         deadline: when its timeout is over (monotonic seconds); infinite without one.
         timed_out: whether it was told so.
         interrupt: ends an async handler; None for a plain one.
+        progressed: the last progress, as JSON text.
+        tell: called after each progress.
         error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
     """
 
-    __slots__ = ("_cancelled", "_log", "_metadata", "_reason", "args", "deadline", "error", "interrupt", "row", "timed_out")
+    __slots__ = (
+        "_cancelled",
+        "_log",
+        "_metadata",
+        "_reason",
+        "args",
+        "deadline",
+        "error",
+        "interrupt",
+        "progressed",
+        "row",
+        "tell",
+        "timed_out",
+    )
 
     def __init__(self, row: JobRow, args: A_co) -> None:
         self.row = row
         self.args = args
         self.deadline = math.inf
         self.timed_out = False
+        self.progressed: str | None = None
+        self.tell: Callable[[JobContext[Any]], object] | None = None
         self.interrupt: Callable[[], object] | None = None
         self.error: BaseException | None = None
         self._cancelled: Cancelled | None = None
@@ -119,6 +138,27 @@ class JobContext(Generic[A_co]):
             stored = json.loads(self.row.metadata)
             self._metadata = Metadata(stored if isinstance(stored, dict) else {})
         return self._metadata
+
+    def output(self, value: Any) -> None:
+        """Record a result, at most 1 MiB of JSON, under River's metadata key ``output``; stored with the outcome, whatever that is.
+
+        Raises:
+            InvalidOptionError: a value that is larger, or no JSON.
+        """
+        text = json_text("output", value)
+        if len(text) > LONGEST_OUTPUT:
+            raise InvalidOptionError("output", f"output must be at most {LONGEST_OUTPUT} characters of JSON, got {len(text)}; store it elsewhere")
+        self.metadata["output"] = value
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Show how far the job is, in its metadata under ``sqla_river:progress``, while it runs. Cheap: written at most once a second.
+
+        Raises:
+            InvalidOptionError: no JSON.
+        """
+        self.progressed = json_text("progress", {"done": done, "total": total, "note": note[:1_000]})
+        if self.tell is not None:
+            self.tell(self)
 
     @property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":

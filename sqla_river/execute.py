@@ -50,6 +50,7 @@ class Executor:
         timeout: likewise; None is no timeout.
         watch: told of each job that has a timeout when its handler starts (seconds).
         scope: for transactional workers.
+        progressed: told of each progress.
         middleware: around every call, the first outermost.
         on_error: asked after each failure; it may answer Cancel.
     """
@@ -63,6 +64,7 @@ class Executor:
         timeout: timedelta | None,
         watch: Callable[[JobContext[Any], float], None],
         scope: Scope,
+        progressed: Callable[[JobContext[Any]], object] | None = None,
         middleware: Sequence[WorkMiddleware] = (),
         on_error: ErrorHandler | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class Executor:
         self._timeout = timeout
         self._watch = watch
         self._scope = scope
+        self._progressed = progressed
         self._middleware = tuple(middleware)
         self._on_error = on_error
         self.running: dict[int, JobContext[Any]] = {}
@@ -133,7 +136,8 @@ class Executor:
         if row.expired:
             attempt.transition = states.cancelled(AttemptError(row.attempt, "expired: it was fetched later than its expiry"))
         else:
-            attempt.job = JobContext(row, self._codec.decode(worker.args_type, row.args))
+            attempt.job = job = JobContext(row, self._codec.decode(worker.args_type, row.args))
+            job.tell = self._progressed
         return worker
 
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:

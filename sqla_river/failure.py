@@ -1,6 +1,7 @@
 """How a failed attempt is put into words: bounded, storable, and never failing itself."""
 
 import traceback
+from contextlib import suppress
 from typing import Final
 
 from sqla_river.states import AttemptError
@@ -40,16 +41,14 @@ def message_of(error: BaseException) -> str:
 
 def trace_of(error: BaseException) -> str:
     """The traceback, without local values, its end kept where it is too long."""
-    try:
-        if len(str(error)) > LONGEST:  # traceback takes 7 s for 50 MB of lines
-            raise ValueError
-        lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-40, chain=True)
-        text = "".join(lines)
-    except BaseException:  # noqa: BLE001 - see message_of
-        try:
+    text = ""
+    with suppress(BaseException):
+        if len(str(error)) <= LONGEST:  # traceback takes 7 s for 50 MB of lines
+            lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-40, chain=True)
+            text = "".join(lines)
+    if not text:
+        with suppress(BaseException):
             text = "".join([*traceback.format_tb(error.__traceback__, limit=-40), message_of(error)])
-        except BaseException:  # noqa: BLE001
-            text = ""
     return _storable_end(text, LONGEST - _MESSAGE)
 
 

@@ -124,6 +124,7 @@ class Incarnation:
             scope=Scope(
                 orders.engine, orders.river.job_class, orders.sessions, orders.async_engine, lambda: self.stopping
             ),
+            progressed=lambda job: self.completer.progressed(job),
             middleware=orders.middleware,
             on_error=orders.on_error,
         )

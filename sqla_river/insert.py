@@ -16,7 +16,7 @@ from sqla_river.errors import EncodeError, InvalidOptionError
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
 from sqla_river.rows import InsertRow, place
-from sqla_river.session import connect, mark_changed, sync_session
+from sqla_river.session import check_bind, connect, mark_changed, sync_session
 from sqla_river.statements import INSERT_JOB
 from sqla_river.tables import river_job
 
@@ -29,9 +29,7 @@ BLOCK_BYTES = 8 * 1024 * 1024
 
 @attrs.frozen
 class Inserted:
-    """What `enqueue_many` did: rows put in, rows left out as duplicates, and the ids in input order if they were asked
-    for.
-    """
+    """What `enqueue_many` did: rows put in, rows left out as duplicates, and the ids in input order, if asked for."""
 
     count: int
     skipped: int = 0
@@ -84,9 +82,7 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
-    """Encoded blocks of bounded size. A block is whole before any of it is sent, so the iterable may use the same
-    session.
-    """
+    """Encoded blocks of bounded size, each whole before any of it is sent: the iterable may use the same session."""
     block: list[InsertRow] = []
     size = 0
     for position, item in enumerate(items):

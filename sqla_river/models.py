@@ -1,6 +1,5 @@
-"""`Job`, the mapping of ``river_job``, and `JobMixin`, the same mapping for a Base, MetaData or ``db.Model`` of one's
-own.
-"""
+"""`Job`, the mapping of ``river_job``, and `JobMixin`, the same for a Base, MetaData or ``db.Model`` of one's own."""
+# ruff: noqa: SLF001 - the listeners at the end belong to JobMixin
 
 import json
 from copy import deepcopy
@@ -71,7 +70,7 @@ class JobMixin:
     else:
 
         @declared_attr.directive
-        def __table__(cls):
+        def __table__(cls):  # noqa: N805
             _check_order(cls)
             check_schema(cls.__river_schema__ or cls.metadata.schema)
             table = job_table(cls.metadata, cls.__river_schema__)
@@ -89,7 +88,7 @@ class JobMixin:
             return table
 
         @declared_attr.directive
-        def __tablename__(cls):
+        def __tablename__(cls):  # noqa: N805
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
     _delay: tuple[timedelta, datetime] | None = None

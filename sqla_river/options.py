@@ -216,6 +216,10 @@ def _scheduled_at(value: datetime | timedelta | None) -> datetime | timedelta | 
     return None if value is None else check_when("scheduled_at", value)
 
 
+def _expires(value: datetime | timedelta | None) -> datetime | timedelta | None:
+    return None if value is None else check_when("expires", value)
+
+
 def _pending(value: bool | None) -> bool | None:
     return None if value is None else _check_flag("pending", value)
 
@@ -230,6 +234,7 @@ class OptionWords(TypedDict, total=False):
     metadata: Mapping[str, Any] | None
     scheduled_at: datetime | timedelta | None
     pending: bool | None
+    expires: datetime | timedelta | None
 
 
 @attrs.frozen(kw_only=True)
@@ -247,6 +252,7 @@ class InsertOptions:
         metadata: a JSON object kept beside the args, which handlers and operators may read and change.
         scheduled_at: not before this time; an aware datetime, or a timedelta from the database's now().
             A time that has come already inserts as available.
+        expires: fetched later than that it is cancelled, not run; as `scheduled_at`, from the same now().
         pending: put it in as ``pending``: it waits until somebody moves it.
 
     Raises:
@@ -259,6 +265,7 @@ class InsertOptions:
     tags: Sequence[str] | None = attrs.field(default=None, converter=_tags)
     metadata: Mapping[str, Any] | None = attrs.field(default=None, converter=_metadata)
     scheduled_at: datetime | timedelta | None = attrs.field(default=None, converter=_scheduled_at)
+    expires: datetime | timedelta | None = attrs.field(default=None, converter=_expires)
     pending: bool | None = attrs.field(default=None, converter=_pending)
 
     def over(self, other: "InsertOptions") -> "InsertOptions":

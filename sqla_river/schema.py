@@ -1,6 +1,5 @@
 """The door for DDL: `create_all` and `migrate`, for those who do not use Alembic."""
 
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,10 @@ from sqla_river import ddl, store
 from sqla_river.errors import AsyncSessionError, InvalidOptionError, SchemaError, SessionError
 from sqla_river.options import MAX_SCHEMA, check_schema
 
-log: Final = logging.getLogger(__name__)
-
 TURN: Final = 0.05
 """Seconds between two looks at the lock."""
+PATIENCE: Final = 60
+"""Seconds to wait for it within a transaction of the caller's."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +81,30 @@ def migrate(engine: Engine, schema: str | None = None) -> Migration:
     engine = engine.execution_options(isolation_level="READ COMMITTED")
     with engine.connect() as connection:
         schema = check_schema(store.real_schema(connection, schema))
-        with connection.begin():
-            _wait(connection, ddl.TRY_LOCK)
-            found = _looked(connection, schema)
-            plan = _planned(connection, found)
-            if not plan.before:
-                _run(connection, plan.inside)
-                return Migration(found.schema, found.version, ddl.LATEST, plan.inside)
-        with _locked(connection):
-            before = _planned(connection, _looked(connection, schema)).before
+        connection.rollback()
+        _wait(connection, ddl.TRY_LOCK)
+        found = _looked(connection, schema)
+        plan = _planned(connection, found)
+        if plan.before:
             connection.rollback()
-            autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
-            _run(autocommit, before)
-            autocommit.rollback()
-            connection.execution_options(isolation_level="READ COMMITTED")
-            with connection.begin():
-                inside = ddl.plan_upgrade(_looked(connection, schema), big=True).inside
-                _run(connection, inside)
-        return Migration(found.schema, found.version, ddl.LATEST, (*before, *inside))
+            plan = _migrate_in_use(connection, schema)
+        else:
+            _run(connection, plan.inside)
+            connection.commit()
+        return Migration(found.schema, found.version, ddl.LATEST, (*plan.before, *plan.inside))
+
+
+def _migrate_in_use(connection: Connection, schema: str | None) -> ddl.Plan:
+    with _locked(connection):
+        before = _planned(connection, _looked(connection, schema)).before
+        connection.rollback()
+        _run(connection.execution_options(isolation_level="AUTOCOMMIT"), before)
+        connection.rollback()
+        connection.execution_options(isolation_level="READ COMMITTED")
+        inside = ddl.plan_upgrade(_looked(connection, schema), big=True).inside
+        _run(connection, inside)
+        connection.commit()
+        return ddl.Plan(before, inside)
 
 
 def look(connection: Connection, schema: str | None) -> ddl.Look:
@@ -168,12 +173,21 @@ def _run(connection: Connection, statements: Sequence[str]) -> None:
 
 
 def _wait(connection: Connection, lock: str) -> None:
-    """Take the lock, asking until it is given: a statement that waits holds a snapshot, and a build waits for that."""
-    told = False
+    """Take the lock of installers.
+
+    It asks until it is given, in a transaction of its own each time: a concurrent build of an index waits for every
+    transaction that it saw a snapshot of, also for one that waits for the builder.
+    """
+    apart = not connection.in_transaction()
+    until = time.monotonic() + PATIENCE
     while not connection.exec_driver_sql(lock).scalar_one():
-        if not told:
-            log.info("somebody else migrates this database; waiting")
-            told = True
+        if apart:
+            connection.rollback()
+        elif time.monotonic() > until:
+            raise SchemaError(
+                f"somebody else has been migrating this database for over {PATIENCE} s, and may wait for this "
+                "transaction; roll it back and try again"
+            )
         time.sleep(TURN)
 
 

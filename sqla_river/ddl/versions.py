@@ -88,6 +88,7 @@ def block(*lines: str) -> str:
 
 
 _HAS_JOBS: Final = "to_regclass('{s}river_job') IS NOT NULL"
+_HAS_QUEUES: Final = "to_regclass('{s}river_queue') IS NOT NULL"
 
 
 def _has_column(table: str, column: str, more: str = "") -> str:
@@ -283,7 +284,7 @@ VERSIONS: Final = {
                 "ALTER TABLE {s}river_job ALTER COLUMN max_attempts SET DEFAULT 25",
             ),
             (
-                f"NOT EXISTS {_has_column('river_queue', 'updated_at', ' AND atthasdef')}",
+                f"{_HAS_QUEUES} AND NOT EXISTS {_has_column('river_queue', 'updated_at', ' AND atthasdef')}",
                 "ALTER TABLE {s}river_queue ALTER COLUMN updated_at SET DEFAULT CURRENT_TIMESTAMP",
             ),
         ),

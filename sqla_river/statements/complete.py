@@ -155,6 +155,31 @@ SELECT_OUTCOME: Final = (
     .with_for_update()
 )
 
+_noted: Final = (
+    func.unnest(array_of("p_ids", BigInteger), array_of("p_tokens", Text), array_of("p_notes", Text))
+    .table_valued(column("id", BigInteger), column("token", Text), column("note", Text))
+    .render_derived(name="noted")
+)
+_noting: Final = (
+    select(literal_column("w.ctid").label("at"), w.c.id, _noted.c.note)
+    .select_from(_noted.join(w, w.c.id == _noted.c.id))
+    .where(fence(w, _noted.c.token))
+    .order_by(w.c.id)
+    .with_for_update(skip_locked=True, of=w)
+    .cte("noting")
+)
+
+# Caller: complete.py, at most once a second, for the jobs that reported progress. Index and locks as COMPLETE_JOBS.
+NOTE_PROGRESS: Final = (
+    update(job)
+    .where(CTID == _noting.c.at, job.c.id == _noting.c.id, STATE_TEXT == RUNNING)
+    .values(
+        metadata_=METADATA.op("||")(
+            func.jsonb_build_object(literal_column("'sqla_river:progress'"), cast(_noting.c.note, JSONB))
+        )
+    )
+)
+
 # Caller: complete.py, for ids that did not come back. Running: locked by somebody. Another state under our token: written by an earlier try
 # whose reply was lost. Not found: stale.
 SELECT_HELD: Final = (
