@@ -7,7 +7,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from sqla_river import ddl, store
-from sqla_river.rows import InsertRow, place
+from sqla_river.rows import InsertRow, expiring, place
 from sqla_river.statements import INSERT_JOBS, INSERT_NUMBERED_JOBS, RESERVE_IDS
 
 
@@ -37,7 +37,7 @@ def insert_rows(
             "priority": row.priority,
             "max_attempts": row.max_attempts,
             "tags": list(row.tags),
-            "metadata": dict(row.metadata),
+            "metadata": expiring(row.metadata, row.expires, now),
             "state": state.value,
             "scheduled_at": at.isoformat() if at is not None else None,
         }

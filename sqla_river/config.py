@@ -53,6 +53,7 @@ class Settings:
             options.metadata,  # type: ignore[arg-type]
             options.scheduled_at,
             options.pending,  # type: ignore[arg-type]
+            options.expires,
         )
 
     def _of_class(self, args_type: type, args: JobArgs) -> tuple[str, InsertOptions]:

@@ -15,7 +15,7 @@ from sqla_river.config import Settings
 from sqla_river.errors import EncodeError, InvalidOptionError
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
-from sqla_river.rows import InsertRow, place
+from sqla_river.rows import InsertRow, expiring, place
 from sqla_river.session import check_bind, connect, mark_changed, sync_session
 from sqla_river.statements import INSERT_JOB
 from sqla_river.tables import river_job
@@ -52,8 +52,10 @@ def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]
 def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
     schema = store.real_schema(connection, declared_schema(type(job)))
-    state, at, told = place(row.when, row.pending, partial(store.transaction_now, connection))
+    now = partial(store.transaction_now, connection)
+    state, at, told = place(row.when, row.pending, now)
     values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in river_job.c}
+    values["metadata_"] = expiring(row.metadata, row.expires, now)
     values |= {"state": state} if at is None else {"state": state, "scheduled_at": at}
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
     for key, value in zip(river_job.c.keys(), stored, strict=True):

@@ -15,7 +15,7 @@ from sqla_river.args import JobArgs
 from sqla_river.config import Settings
 from sqla_river.errors import MappingError
 from sqla_river.options import OptionWords, check_schema, check_when, said_in
-from sqla_river.rows import InsertRow, place
+from sqla_river.rows import InsertRow, expiring, place
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER, job_table, river_job
 
@@ -91,6 +91,7 @@ class JobMixin:
         def __tablename__(cls):  # noqa: N805
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
+    _expires: datetime | timedelta | None = None
     _delay: tuple[timedelta, datetime] | None = None
     """The delay that was asked for, and the ``scheduled_at`` that it is taken to mean so far."""
     _told: bool = True
@@ -111,6 +112,7 @@ class JobMixin:
         self.max_attempts = row.max_attempts
         self.tags = list(row.tags)
         self.metadata_ = deepcopy(dict(row.metadata))
+        self._expires = row.expires
         if row.pending:
             self.state = JobState.PENDING
         elif row.when is not None:
@@ -166,6 +168,8 @@ def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
         if when is delay and delay is not None:
             job._delay = delay, found.at  # added anew after a rollback, it counts from the new now()
     job._told = found.told
+    if job._expires is not None:
+        job.metadata_ = expiring(job.metadata_, job._expires, partial(store.transaction_now, connection))
 
 
 @event.listens_for(JobMixin, "after_insert", propagate=True)

@@ -41,6 +41,16 @@ def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], da
     return Place(JobState.SCHEDULED if at > present else JobState.AVAILABLE, at, at - present <= ANNOUNCED_AHEAD)
 
 
+def expiring(
+    metadata: Mapping[str, Any], expires: datetime | timedelta | None, now: Callable[[], datetime]
+) -> dict[str, Any]:
+    """*metadata*, and in it when the job expires, if it does."""
+    if expires is None:
+        return dict(metadata)
+    at = now() + expires if isinstance(expires, timedelta) else expires
+    return {**metadata, EXPIRES_KEY: at.timestamp()}
+
+
 @attrs.frozen
 class InsertRow:
     """One job on its way in: validated, encoded, and not yet in the database.
@@ -57,6 +67,7 @@ class InsertRow:
     metadata: Mapping[str, Any]
     when: datetime | timedelta | None
     pending: bool
+    expires: datetime | timedelta | None = None
 
 
 class JobRow(NamedTuple):
