@@ -1,14 +1,30 @@
-"""The door for many jobs at once."""
+"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3, else one INSERT of a JSON document.
+
+COPY goes binary, in blocks that are packed before it opens: what is the same for many rows is packed once.
+"""
 
 import json
+import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from typing import Any, Final, cast
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
-from sqla_river.rows import InsertRow, expiring, place
-from sqla_river.statements import INSERT_JOBS, INSERT_NUMBERED_JOBS, RESERVE_IDS
+from sqla_river.rows import InsertRow, Place, expiring, place
+from sqla_river.statements import COPY_COLUMNS, INSERT_JOBS, INSERT_NUMBERED_JOBS, RESERVE_IDS
+
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)
+_TRAILER: Final = struct.pack("!h", -1)
+_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_VARCHAR: Final = 1043
+"""The type of the items of ``tags``."""
+_args_head: Final = struct.Struct("!hiB").pack  # fields of the row; length of args; jsonb's version
+_id_field: Final = struct.Struct("!iq").pack
 
 
 def insert_rows(
@@ -18,30 +34,118 @@ def insert_rows(
 
     Returns:
         The ids in input order (empty unless *returning*), and the queues that runners should hear of.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: as an INSERT would raise it; the transaction is then aborted, and rolled back in the usual way.
     """
     ids: list[int] = []
     if returning:
         table = f"{ddl.qualifier(schema)}river_job"
         ids = list(store.execute(connection, schema, RESERVE_IDS, {"p_table": table, "p_count": len(rows)}).scalars())
-    queues: set[str] = set()
+    now = partial(store.transaction_now, connection)
+    places = [place(row.when, row.pending, now) for row in rows]
+    queues = {row.queue for row, placed in zip(rows, places, strict=True) if placed.told}
+    if connection.dialect.driver == "psycopg":
+        _copy(connection, schema, rows, places, ids)
+    else:
+        _insert(connection, schema, rows, places, ids)
+    return ids, queues
+
+
+def _copy(
+    connection: Connection, schema: str | None, rows: Sequence[InsertRow], places: Sequence[Place], ids: Sequence[int]
+) -> None:
+    now = partial(store.transaction_now, connection)
+    timed = any(placed.at is not None for placed in places)
+    columns = ["args", *(["id"] if ids else []), *COPY_COLUMNS, *(["scheduled_at"] if timed else [])]
+    count = len(columns)
+    ends: dict[Any, bytes] = {}
+    block = [_HEADER]
+    add = block.append
+    for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
+        kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires = row
+        key = (kind, queue, priority, max_attempts, tags, placed) if not metadata and expires is None else None
+        end = ends.get(key)
+        if end is None:
+            at = (placed.at or now()) if timed else None
+            end = _end(row, placed, expiring(metadata, expires, now), at)
+            if key is not None:
+                ends[key] = end
+        add(_args_head(count, len(args) + 1, 1))
+        add(args)
+        if ids:
+            add(_id_field(8, ids[number]))
+        add(end)
+    add(_TRAILER)
+    table = f"{ddl.qualifier(schema)}river_job"
+    _send(connection, f"COPY {table} ({', '.join(columns)}) FROM STDIN (FORMAT BINARY)", b"".join(block))
+
+
+def _end(row: InsertRow, placed: Place, metadata: dict[str, Any], at: datetime | None) -> bytes:
+    """The fields behind args, as COPY takes them: COPY_COLUMNS, and the time where the block has any."""
+    fields = [
+        row.kind.encode(),
+        row.queue.encode(),
+        struct.pack("!h", row.priority),
+        struct.pack("!h", row.max_attempts),
+        _text_array(row.tags),
+        b"" + json.dumps(metadata, allow_nan=False).encode(),
+        placed.state.value.encode(),
+    ]
+    if at is not None:
+        fields.append(struct.pack("!q", (at - _EPOCH) // _MICROSECOND))
+    return b"".join(struct.pack("!i", len(field)) + field for field in fields)
+
+
+def _text_array(items: Sequence[str]) -> bytes:
+    if not items:
+        return struct.pack("!iiI", 0, 0, _VARCHAR)
+    head = struct.pack("!iiIii", 1, 0, _VARCHAR, len(items), 1)
+    return head + b"".join(struct.pack("!i", len(item)) + item for item in (each.encode() for each in items))
+
+
+def _send(connection: Connection, statement: str, block: bytes) -> None:
+    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it."""
+    fairy = connection.connection
+    dialect = connection.dialect
+    assert dialect.loaded_dbapi is not None
+    driver_error: type[Exception] = dialect.loaded_dbapi.Error
+    try:
+        if dialect.is_async:
+            cast("Any", fairy.dbapi_connection).run_async(partial(_send_async, statement=statement, block=block))
+        else:
+            with cast("Any", fairy.driver_connection).cursor() as cursor, cursor.copy(statement) as copy:
+                copy.write(block)
+    except driver_error as error:
+        if dialect.is_disconnect(cast("Any", error), cast("Any", fairy.dbapi_connection), None):
+            connection.invalidate(error)
+        raise DBAPIError.instance(
+            statement, None, error, driver_error, connection_invalidated=connection.invalidated, dialect=dialect
+        ) from error
+
+
+async def _send_async(raw: Any, *, statement: str, block: bytes) -> None:
+    async with raw.cursor() as cursor, cursor.copy(statement) as copy:
+        await copy.write(block)
+
+
+def _insert(
+    connection: Connection, schema: str | None, rows: Sequence[InsertRow], places: Sequence[Place], ids: Sequence[int]
+) -> None:
     now = partial(store.transaction_now, connection)
     texts: list[str] = []
-    for number, row in enumerate(rows):
-        state, at, told = place(row.when, row.pending, now)
-        if told:
-            queues.add(row.queue)
+    for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
         rest = {
-            "id": ids[number] if returning else None,
+            "id": ids[number] if ids else None,
             "kind": row.kind,
             "queue": row.queue,
             "priority": row.priority,
             "max_attempts": row.max_attempts,
             "tags": list(row.tags),
             "metadata": expiring(row.metadata, row.expires, now),
-            "state": state.value,
-            "scheduled_at": at.isoformat() if at is not None else None,
+            "state": placed.state.value,
+            "scheduled_at": placed.at.isoformat() if placed.at is not None else None,
         }
         texts.append(f'{{"args":{row.args.decode()},{json.dumps(rest)[1:]}')
-    statement = INSERT_NUMBERED_JOBS if returning else INSERT_JOBS
+    statement = INSERT_NUMBERED_JOBS if ids else INSERT_JOBS
     store.execute(connection, schema, statement, {"p_rows": f"[{','.join(texts)}]"})
-    return ids, queues

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from sqla_river.context import JobContext
 from sqla_river.failure import storable
@@ -259,9 +260,11 @@ def _away(error: Exception) -> bool:
     """Whether the database is away or busy (connection, transaction state, rollback, resources, locks, operators, system), so that the
     same statement may do later; anything else is about what was sent, or a trigger of the user's that refuses it.
     """
+    if isinstance(error, PoolTimeoutError | OSError):
+        return True
     if not isinstance(error, DBAPIError):
         return False
-    if error.connection_invalidated or isinstance(error, OperationalError):
-        code = getattr(error.orig, "sqlstate", None)
-        return code is None or code[:2] in _AWAY
-    return (getattr(error.orig, "sqlstate", None) or "")[:2] in _AWAY
+    code = getattr(error.orig, "sqlstate", None)
+    if code is None:
+        return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+    return code[:2] in _AWAY

@@ -24,8 +24,7 @@
     ├── WaitTimeoutError              (TimeoutError) wait_for gave up
     └── EmbeddedPostgresError         (RuntimeError) no binaries, or a server that does not start
 
-Messages say fact, value and way out, in lower case and without a full stop. What a caller may branch on is an
-attribute.
+Messages say fact, value and way out, in lower case, without a full stop. What a caller may branch on is an attribute.
 """
 
 

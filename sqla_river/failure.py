@@ -12,9 +12,7 @@ _MESSAGE: Final = 2_000
 
 
 def storable(text: str, longest: int) -> str:
-    """The beginning of *text* as PostgreSQL can keep it: no U+0000, no lone surrogates, at most *longest* bytes of
-    UTF-8.
-    """
+    """The beginning of *text* as PostgreSQL can keep it: no U+0000 or lone surrogate, at most *longest* bytes."""
     raw = _raw(text[: longest + 1])
     return raw.decode() if len(raw) <= longest else f"{raw[: longest - 3].decode(errors='ignore')}..."
 

@@ -107,6 +107,9 @@ class Fetcher:
         self._alone = False
         self._alone_until = 0.0
         self._turn_until = 0.0
+        self._turn_began = 0.0
+        self._no_turn_before = 0.0
+        self._ran_alone = False
         self.rank = 0
         self.suspects = False
 
@@ -142,12 +145,13 @@ class Fetcher:
 
     def begin_alone(self, own: OwnConnection) -> bool:
         """Let the slots run empty and run suspects alone, one by one; False if there is none for this runner. *own* is the caller's connection."""
-        if (
-            self._alone
-            or not own.execute(COUNT_SUSPECTS, {"p_queues": list(self._slots), "p_kinds": self._kinds()}).scalar()
-        ):
+        now = time.monotonic()
+        asked = {"p_queues": list(self._slots), "p_kinds": self._kinds()}
+        if self._alone or now < self._no_turn_before or not own.execute(COUNT_SUSPECTS, asked).scalar():
             return False
-        self._alone_until = time.monotonic() + RUN_EMPTY_WITHIN
+        self._turn_began = now
+        self._ran_alone = False
+        self._alone_until = now + RUN_EMPTY_WITHIN
         self._turn_until = self._alone_until + RUN_EMPTY_WITHIN
         self._alone = True
         self._wake()
@@ -236,8 +240,11 @@ class Fetcher:
         else:
             asked = {"p_queues": list(self._slots), "p_kinds": self._kinds(), "p_id": self._runner_id}
             over = now >= self._turn_until or not self._ready() or not self._execute_fetch(FETCH_SUSPECT, asked)
+            self._ran_alone = self._ran_alone or not over
             self._alone_until = now + ALONE_FOR
         if over:
+            if not self._ran_alone:  # a long job runs here: it must not cost the runner more than a tenth of its time
+                self._no_turn_before = now + 9 * (now - self._turn_began)
             self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
             self._own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})
             self._alone = False

@@ -162,7 +162,7 @@ class Incarnation:
             lost=self._lost,
             learnt=self._learnt,
         )
-        self._turns = Turns(
+        self.turns = Turns(
             duties,
             [
                 Rescue(lambda: self._heart.kept, self._rescued, _sweep_every(orders.lease)),
@@ -174,7 +174,7 @@ class Incarnation:
         self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
         self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
         self._beating = Loop("sqla_river-heartbeat", self._heart.step, self._heart.leave)
-        self._maintaining = Loop("sqla_river-duties", self._turns.step, duties.close)
+        self._maintaining = Loop("sqla_river-duties", self.turns.step, duties.close)
         self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
 
     # ---- the arrows between the stations ----------------------------------------------------------------------------------
@@ -213,6 +213,8 @@ class Incarnation:
             self.events.results(written)
 
     def _rescued(self, freed: Sequence[Any]) -> None:
+        if any(row.suspect for row in freed):
+            self._fetcher.suspects = True  # before the fetch that it is woken for
         self._fetcher.heard(None)
         if self.events.heard:
             for row in freed:

@@ -138,9 +138,7 @@ def declared_schema(job_class: type[JobMixin]) -> str | None:
 
 
 class RiverBase(DeclarativeBase):
-    """The Base of the shipped `Job`; and of one's own, to have it in one's own MetaData without one's Base's
-    columns.
-    """
+    """The Base of the shipped `Job`; and of one's own in one's own MetaData, without the columns of one's own Base."""
 
     metadata = RIVER
 
@@ -151,9 +149,7 @@ class Job(JobMixin, RiverBase):
 
 @event.listens_for(JobMixin, "before_insert", propagate=True)
 def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
-    """Decide where the job starts, by the database's clock. Its time is a plain value: an expression would cost an
-    INSERT per row.
-    """
+    """Decide where the job starts, by the database's clock; as plain values: an expression costs an INSERT per row."""
     store.check_postgresql(connection.dialect.name, connection.dialect.driver)
     given, state = vars(job).get("scheduled_at"), vars(job).get("state")
     when = None if given is None else check_when("scheduled_at", given)

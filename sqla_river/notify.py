@@ -36,9 +36,7 @@ from sqla_river.statements import NOTIFY_QUEUES
 log: Final = logging.getLogger(__name__)
 
 COALESCE: Final = 0.010
-"""Seconds between two announcements; whatever came in between goes with the next, so the last job of a burst is always
-announced.
-"""
+"""Seconds between two announcements; what came in between goes with the next: the last job of a burst is announced."""
 _FIRST_LOOK: Final = 0.0002
 """The commit event fires just before COMMIT, and a plain COMMIT ends in well under a millisecond."""
 _IDLE: Final = 60.0
@@ -76,9 +74,7 @@ def announce(connection: Connection, schema: str | None, queues: Iterable[str], 
 
 
 def _mark(connection: Connection, root: Transaction, announcements: set[Announcement]) -> None:
-    """Remember *announcements* until the commit of *root*; heard on the Engine, because the Session's events fire
-    without a commit too.
-    """
+    """Remember *announcements* until the commit of *root*: the Engine's, as the Session's events fire without one."""
     with _lock:
         _marked.setdefault(root, set()).update(announcements)
         engine = connection.engine
@@ -163,9 +159,7 @@ def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -
 
 
 def _sync_engine(engine: Engine) -> Engine:
-    """An engine like *engine*, or, where it drives an async driver, one on psycopg: a thread has no greenlet to await
-    in.
-    """
+    """An engine like *engine*; on psycopg, where its driver is async: a thread has no greenlet to await in."""
     if not engine.dialect.is_async:
         return store.twin(engine)
     return create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)

@@ -54,9 +54,7 @@ def check_kind(kind: object) -> str:
 
 
 def check_queue(queue: object) -> str:
-    """*queue*, if it is a name that River takes: lower case letters and digits, parted by single ``_``, ``-`` or
-    ``|``, at most 64.
-    """
+    """*queue*, if River takes it: up to 64 lower case letters and digits, parted by single ``_``, ``-`` or ``|``."""
     if not isinstance(queue, str) or len(queue) > MAX_QUEUE or not _QUEUE.fullmatch(queue):
         raise InvalidOptionError(
             "queue",

@@ -38,9 +38,7 @@ def _fraction(_: object, field: "attrs.Attribute[float]", value: object) -> None
 
 
 def _bounded(base: float, exponent: float, factor: float, longest: timedelta, jitter: float) -> timedelta:
-    """``base * factor ** exponent`` seconds, spread by +-*jitter*, at most *longest*; compared by logarithms, so
-    nothing overflows.
-    """
+    """``base * factor ** exponent`` seconds +-*jitter*, at most *longest*; by logarithms, so that nothing overflows."""
     cap = longest.total_seconds()
     if base <= 0:
         return timedelta(0)
@@ -71,9 +69,7 @@ class Exponential:
 
 
 class RiverPolicy:
-    """River's default: ``attempt ** 4`` seconds, spread by +-10 %, here capped at 30 days (River lets it grow to
-    centuries).
-    """
+    """River's default: ``attempt ** 4`` seconds, spread by +-10 %; here capped at 30 days, in River after centuries."""
 
     def delay(self, attempt: int, /) -> timedelta:
         return _bounded(1, 4, max(attempt, 1), LONGEST_RETRY, 0.1)

@@ -57,7 +57,8 @@ class River(Generic[J]):
             job_class.__river__ = settings
         elif written != settings:
             raise ConfigError(
-                f"{job_class.__name__} has a River with other settings already; make one River per Job class and pass it on"
+                f"{job_class.__name__} has a River with other settings already; "
+                "make one River per Job class and pass it on"
             )
         self.job_class: type[J] = job_class
 
@@ -105,10 +106,10 @@ class River(Generic[J]):
         """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, one round trip each.
 
         Pending rows of the Session are flushed first. A block is whole before any of it is sent, so *items* may be a
-        generator
-        that uses the same session; memory stays bounded however long it is. Nothing is committed.
+        generator that uses the same session; memory stays bounded however long it is. Nothing is committed.
 
         Args:
+            session: as for `enqueue`.
             items: args, or ``(args, InsertOptions(...))``.
             returning: reserve ids and return them, in input order; one more round trip per block.
 

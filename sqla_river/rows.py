@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
-import attrs
-
 from sqla_river.states import JobState, Transition
 
 ANNOUNCED_AHEAD: Final = timedelta(seconds=5)
@@ -17,9 +15,7 @@ EXPIRES_KEY: Final = "sqla_river:expires_at"
 
 
 class Place(NamedTuple):
-    """Where a new job starts: its state, its time (None is the database's now()), and whether runners should hear of
-    it.
-    """
+    """Where a new job starts: its state, its time (None is the database's now()), and whether runners hear of it."""
 
     state: JobState
     at: datetime | None
@@ -51,8 +47,7 @@ def expiring(
     return {**metadata, EXPIRES_KEY: at.timestamp()}
 
 
-@attrs.frozen
-class InsertRow:
+class InsertRow(NamedTuple):
     """One job on its way in: validated, encoded, and not yet in the database.
 
     `args` is the JSON text of an object. `when` is None (at once), an aware time, or a delay from the database's now().

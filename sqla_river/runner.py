@@ -125,6 +125,11 @@ class Runner:
         """Outcomes that came too late and changed nothing, in this incarnation."""
         return self._incarnation.completer.stale if self._incarnation is not None else 0
 
+    @property
+    def duties(self) -> Mapping[str, timedelta | None]:
+        """How long ago each duty last succeeded, wherever it was done; None if it never did. Empty while the runner does not run."""
+        return self._incarnation.turns.ages() if self._incarnation is not None else {}
+
     def subscribe(self, *kinds: EventKind) -> Subscription:
         """Events of this runner's own jobs as they are committed, of all *kinds* unless some are named; close it when done.
 

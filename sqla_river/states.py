@@ -80,16 +80,12 @@ _COMPLETED: Final = Transition(JobState.COMPLETED)
 
 
 def completed(metadata: str | None = None) -> Transition:
-    """The handler returned. Without metadata this is always the same object, which the completer takes as its fast
-    path.
-    """
+    """The handler returned. Without metadata always the same object, which the completer takes as its fast path."""
     return Transition(JobState.COMPLETED, metadata=metadata) if metadata else _COMPLETED
 
 
 def errored(error: AttemptError, delay: timedelta, metadata: str | None = None) -> Transition:
-    """The attempt failed and there are attempts left: again after *delay*. However short the delay, the job waits as
-    retryable.
-    """
+    """The attempt failed and there are attempts left: again after *delay*, waiting as retryable however short it is."""
     return Transition(JobState.RETRYABLE, delay=delay, error=error, metadata=metadata)
 
 

@@ -1,6 +1,4 @@
-"""The tables as SQLAlchemy sees them: a description for statements and mappings. The DDL itself stands in
-``ddl.py``.
-"""
+"""The tables as SQLAlchemy sees them: a description for statements and mappings. The DDL itself stands in ``ddl``."""
 
 import sys
 from typing import Any, Final

@@ -17,10 +17,11 @@ CONNECT_TIMEOUT: Final = 10
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def parse_url(_ctx: click.Context, _option: click.Parameter, value: str | None) -> URL | None:
+URL_SOURCES: Final = ("SQLA_RIVER_DATABASE_URL", "DATABASE_URL")
+
+
+def parse_url(value: str) -> URL:
     """A URL as PostgreSQL, Heroku or SQLAlchemy write it, whatever its driver."""
-    if value is None:
-        return None
     scheme, colon, rest = value.partition("://")
     try:
         url = make_url(f"postgresql://{rest}" if scheme == "postgres" else f"{scheme}{colon}{rest}")
@@ -41,14 +42,19 @@ def parse_schema(_ctx: click.Context, _option: click.Parameter, value: str | Non
 
 def database_option(*, required: bool, meaning: str) -> Callable[[F], F]:
     """`--database-url`, then SQLA_RIVER_DATABASE_URL, at last DATABASE_URL."""
+
+    def parse(_ctx: click.Context, _option: click.Parameter, value: str | None) -> URL | None:
+        if value is None and required:
+            raise click.UsageError(f"name a database: by --database-url, or by {' or '.join(URL_SOURCES)}")
+        return None if value is None else parse_url(value)
+
     return click.option(
         "--database-url",
         "url",
         metavar="URL",
-        callback=parse_url,
-        envvar=["SQLA_RIVER_DATABASE_URL", "DATABASE_URL"],
+        callback=parse,
+        envvar=list(URL_SOURCES),
         show_envvar=True,
-        required=required,
         help=meaning,
     )
 

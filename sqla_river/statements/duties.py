@@ -284,7 +284,7 @@ DELETE_CLEARED: Final = delete(river_suspect).where(
 
 
 def _prune(name: str) -> Delete:
-    age = bindparam("p_age", type_=Interval)
+    age = cast(bindparam("p_age"), Interval)
     only, others = bindparam("p_queue", type_=Text), array_of("p_others", Text)
     over = (
         select(literal_column("w.ctid"))

@@ -118,7 +118,7 @@ FETCH_AVAILABLE: Final = _take(_first_free())
 # The same while there are suspects: they run alone, not here.
 FETCH_UNSUSPECTED: Final = _take(_first_free(~_is_suspect))
 
-_suspect: Final = (
+_suspects: Final = (
     select(literal_column("w.ctid"))
     .select_from(
         river_suspect.join(w, w.c.id == river_suspect.c.job_id).outerjoin(river_queue, river_queue.c.name == w.c.queue)
@@ -133,8 +133,8 @@ _suspect: Final = (
     )
     .order_by(w.c.priority, w.c.scheduled_at, w.c.id)
     .limit(literal_column("1"))
-    .with_for_update(skip_locked=True, of=w)
 )
+_suspect: Final = _suspects.with_for_update(skip_locked=True, of=w)
 _taken: Final = _take(func.any(func.array(_suspect.scalar_subquery()))).cte("taken")
 _marked: Final = (
     update(river_runner)
@@ -147,19 +147,8 @@ _marked: Final = (
 # Index: river_suspect_pkey, river_job_pkey. Locks: one row.
 FETCH_SUSPECT: Final = select(_taken).add_cte(_marked)
 
-# Caller: fetch.py, before it lets its slots run empty.
-COUNT_SUSPECTS: Final = select(func.count()).select_from(
-    select(river_suspect.c.job_id)
-    .select_from(river_suspect.join(w, w.c.id == river_suspect.c.job_id))
-    .where(
-        river_suspect.c.deaths >= SUSPICIOUS,
-        w.c.state == AVAILABLE,
-        w.c.queue == func.any(array_of("p_queues", Text)),
-        w.c.kind == func.any(array_of("p_kinds", Text)),
-    )
-    .limit(literal_column("1"))
-    .subquery()
-)
+# Caller: fetch.py, before it lets its slots run empty: whether there is one that it could take. Indexes as FETCH_SUSPECT.
+COUNT_SUSPECTS: Final = select(func.count()).select_from(_suspects.subquery())
 
 # Caller: fetch.py, when the job that ran alone has ended, or has shown for a minute that it kills nobody.
 CLEAR_ALONE: Final = update(river_runner).where(river_runner.c.id == bindparam("p_id", type_=Text)).values(alone=null())
