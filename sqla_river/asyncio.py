@@ -64,7 +64,7 @@ async def wait_for(
     session: "AnyAsyncSession | AsyncEngine",
     job_id: int,
     *,
-    timeout: timedelta | None = None,  # noqa: ASYNC109 - the same face as the plain verb
+    timeout: timedelta | None = None,
 ) -> Job:
     """`River.wait_for`, awaited; the event loop goes on meanwhile."""
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -117,7 +117,7 @@ class Completer:
     def _note(self) -> None:
         """Write what the jobs said of their progress. It is lost where the database is away: the next word of it comes soon enough."""
         self._noted_at = time.monotonic()
-        noted = []
+        noted: list[JobContext[Any]] = []
         while self._progress:
             noted.append(self._progress.popitem()[1])
         self._own.execute(
@@ -135,7 +135,7 @@ class Completer:
             try:
                 self.step()
                 self._retry(math.inf)
-            except Exception as error:  # noqa: BLE001 - the database may be on its way back
+            except Exception as error:
                 log.warning("could not write %d results yet: %s", self.backlog, str(error).partition("\n")[0])
             if self.backlog:
                 time.sleep(max(0.0, min(_FIRST_RETRY, until() - time.monotonic())))

@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from sqla_river.errors import InvalidOptionError
 from sqla_river.options import check_json, json_text
@@ -59,7 +59,8 @@ class Metadata(MutableMapping[str, Any]):
         """What was assigned, as the JSON text of an object; None if nothing was."""
         if not self._changes:
             return None
-        return "{" + ",".join(f"{json.dumps(key)}:{text}" for key, text in self._changes.items()) + "}"
+        changes = self._changes.copy()  # a handler that was given up may go on assigning
+        return "{" + ",".join(f"{json.dumps(key)}:{text}" for key, text in changes.items()) + "}"
 
 
 class JobContext(Generic[A_co]):
@@ -136,7 +137,7 @@ class JobContext(Generic[A_co]):
         """The job's metadata; what is assigned is stored with the outcome."""
         if self._metadata is None:
             stored = json.loads(self.row.metadata)
-            self._metadata = Metadata(stored if isinstance(stored, dict) else {})
+            self._metadata = Metadata(cast("dict[str, Any]", stored) if isinstance(stored, dict) else {})
         return self._metadata
 
     def output(self, value: Any) -> None:

@@ -6,19 +6,21 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from sqla_river import failure, states
 from sqla_river.args import Codec
 from sqla_river.context import JobContext, cancel_context, cancel_reason, staged_metadata
 from sqla_river.hooks import ErrorHandler, WorkMiddleware
 from sqla_river.outcomes import LONGEST_DELAY, Cancel, Snooze
-from sqla_river.policy import RIVER_POLICY
+from sqla_river.policy import RIVER_POLICY, Exponential, RiverPolicy
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Retry, Worker, Workers
 
 log: Final = logging.getLogger(__name__)
+
+_OURS: Final = (Exponential, RiverPolicy)
 
 
 class Unit(Protocol):
@@ -32,8 +34,8 @@ class Unit(Protocol):
 class Scope(Protocol):
     """Opens units; what is not settled when one is left is rolled back."""
 
-    lost: type[BaseException]
     unknown: type[BaseException]
+    no_failure: tuple[type[BaseException], ...]
 
     def open(self, row: JobRow) -> AbstractContextManager[Unit]: ...
     def open_async(self, row: JobRow) -> AbstractAsyncContextManager[Unit]: ...
@@ -95,15 +97,15 @@ class Executor:
                     with self._scope.open(row) as unit:
                         self._start(worker, attempt)
                         transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
-                        attempt.settled = unit.settle(unit.session, transition)
                         attempt.transition = transition
+                        attempt.settled = unit.settle(unit.session, transition)
                 else:
                     self._start(worker, attempt)
                     attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
-        except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
-            self._failed(attempt, error)
+        except BaseException as error:
             if isinstance(error, self._scope.unknown):
-                self._resolved(attempt, self._scope.resolve(row))
+                attempt.settled = self._scope.resolve(row)
+            self._failed(attempt, error)
         return self._end(attempt)
 
     async def execute_async(self, row: JobRow) -> Result:
@@ -115,14 +117,17 @@ class Executor:
                 if worker.transactional:
                     async with self._scope.open_async(row) as unit:
                         transition = self._wished(attempt, await self._call(worker, attempt, unit.session))
-                        attempt.settled = await unit.session.run_sync(unit.settle, transition)
                         attempt.transition = transition
+                        attempt.settled = await unit.session.run_sync(unit.settle, transition)
                 else:
                     attempt.transition = self._wished(attempt, await self._call(worker, attempt))
-        except BaseException as error:  # noqa: BLE001
-            self._failed(attempt, error)
+        except BaseException as error:
             if isinstance(error, self._scope.unknown):
-                self._resolved(attempt, await asyncio.to_thread(self._scope.resolve, row))
+                attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
+            if self._asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
+                await asyncio.to_thread(self._failed, attempt, error)
+            else:
+                self._failed(attempt, error)
         return self._end(attempt)
 
     # ---- the steps of an attempt ------------------------------------------------------------------------------------------
@@ -156,9 +161,12 @@ class Executor:
         job.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
         self._start(worker, attempt)
         try:
-            return await task
+            outcome = await task
         finally:
             job.interrupt = None
+        if isinstance(outcome, _Exit):
+            raise outcome.error
+        return outcome
 
     def _chain(self, worker: Worker) -> Callable[..., Any]:
         if not self._middleware:
@@ -184,22 +192,34 @@ class Executor:
         return _wish(attempt.row.attempt, outcome, metadata)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
-        attempt.settled = None
-        attempt.error = error
-        attempt.transition = self._judge(attempt.worker, attempt.row, attempt.job_or_none, error)
-
-    def _resolved(self, attempt: "_Attempt", state: JobState | None) -> None:
-        """The COMMIT whose reply was lost had gone through."""
-        if state is not None:
-            attempt.settled = state
-            attempt.error = None
-            attempt.transition = states.completed()
+        row = attempt.row
+        if attempt.settled is not None:  # it is committed: what came after that is no matter of the job's
+            log.warning("job %d (%s) is settled, in spite of %s", row.id, row.kind, failure.message_of(error))
+        elif isinstance(error, self._scope.no_failure):
+            attempt.error = error
+            attempt.transition = states.interrupted()
+        else:
+            attempt.error = error
+            attempt.transition = self._judge(attempt.worker, row, attempt.job_or_none, error)
 
     def _end(self, attempt: "_Attempt") -> Result:
-        self.running.pop(attempt.row.id, None)
+        job = attempt.job_or_none
+        if job is not None and self.running.get(job.id) is job:  # a later attempt may stand there
+            del self.running[job.id]
         assert attempt.transition is not None
         seconds = time.monotonic() - attempt.began
         return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
+
+    def give_up(self, job: JobContext[Any], stack: str) -> Transition:
+        """The row change for a job whose handler ignores its timeout; *stack* says where it hangs. Asks no code of the user's."""
+        row = job.row
+        error = AttemptError(row.attempt, "TimeoutError: the handler ignored its timeout and was given up", failure.storable(stack, 8_000))
+        if row.attempt >= row.max_attempts:
+            return states.discarded(error, staged_metadata(job))
+        worker = self._workers.get(row.kind)
+        retry = (worker.retry if worker is not None else None) or self._retry
+        policy = retry if isinstance(retry, _OURS) else RIVER_POLICY
+        return states.errored(error, policy.delay(row.attempt), staged_metadata(job))
 
     # ---- judging a failure ------------------------------------------------------------------------------------------------
 
@@ -228,8 +248,13 @@ class Executor:
             if row.attempt >= row.max_attempts:
                 return states.discarded(said, metadata)
             return states.errored(said, wish, metadata)
-        except BaseException as second:  # noqa: BLE001 - judging must not fail either
+        except BaseException as second:
             return states.errored(failure.attempt_error(row.attempt, second), RIVER_POLICY.delay(row.attempt))
+
+    def _asks(self, worker: Worker | None) -> bool:
+        """Whether a failure is put before code of the user's."""
+        retry = (worker.retry if worker is not None else None) or self._retry
+        return self._on_error is not None or not isinstance(retry, _OURS)
 
     def _ask(
         self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
@@ -250,7 +275,7 @@ class Executor:
             else:
                 delay = retry(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
-        except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
+        except BaseException as second:
             log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, failure.message_of(second))
             return RIVER_POLICY.delay(row.attempt)
 
@@ -279,9 +304,18 @@ class _Attempt:
         self.job_or_none = job
 
 
+class _Exit(NamedTuple):
+    """A SystemExit or KeyboardInterrupt of a handler: raised out of a task, they would end the event loop."""
+
+    error: BaseException
+
+
 async def _awaited(call: Callable[..., Any], job: JobContext[Any], *session: Any) -> object:
-    outcome = call(job, *session)
-    return await outcome if isinstance(outcome, Awaitable) else outcome
+    try:
+        outcome = call(job, *session)
+        return await outcome if isinstance(outcome, Awaitable) else outcome
+    except (SystemExit, KeyboardInterrupt) as error:
+        return _Exit(error)
 
 
 def _around(middleware: WorkMiddleware, next_: Callable[[JobContext[Any]], Any]) -> Callable[[JobContext[Any]], Any]:

@@ -221,7 +221,7 @@ class Fetcher:
         token = f"{self._runner_id}/{self._number}"
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
         try:
-            rows = [JobRow(*row, token) for row in self._own.execute(statement, {**asked, "p_token": token})]
+            rows = [JobRow._make((*row, token)) for row in self._own.execute(statement, {**asked, "p_token": token})]
         except IntegrityError:
             # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
             self._own.execute(DISCARD_CONFLICTS)
@@ -266,7 +266,7 @@ class Fetcher:
         found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
         now = time.monotonic()
         for row in found:
-            self._take([JobRow(*row)])
+            self._take([JobRow._make(row)])
         for token in {row[-1] for row in found} | {token for token, until in self._lost.items() if now > until}:
             del self._lost[token]
 
@@ -310,7 +310,7 @@ class Fetcher:
     def _plan_poll(self, *, idle: bool) -> None:
         self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
         pause = self._poll * (self._idle if idle else 1)
-        self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+        self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)
 
     def _pause(self) -> float:
         now = time.monotonic()

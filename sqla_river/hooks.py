@@ -4,6 +4,8 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Final, Literal, Protocol, Self
 
 import attrs
@@ -73,7 +75,7 @@ class Subscription:
     def __init__(self, kinds: Iterable[EventKind], close: "Callable[[Subscription], None]") -> None:
         self.kinds = frozenset(kinds)
         self._close = close
-        self._events: queue.Queue[Event | None] = queue.Queue(KEPT_EVENTS + 1)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self.dropped: Counter[str] = Counter()
         """How many events of each kind nobody read in time."""
@@ -82,18 +84,19 @@ class Subscription:
         """Called by the runner; never waits."""
         if event.kind in self.kinds and not self._closed.is_set():
             if self._events.qsize() < KEPT_EVENTS:
-                self._events.put_nowait(event)
+                self._events.put(event)
             else:
                 self.dropped[event.kind] += 1
 
-    def get(self, timeout: float | None = None) -> Event:
+    def get(self, timeout: timedelta | None = None) -> Event:
         """The next event.
 
         Raises:
-            queue.Empty: none came within *timeout* seconds, or the subscription is closed.
+            queue.Empty: none came within *timeout*, or the subscription is closed and read to its end.
         """
-        event = self._events.get(timeout=timeout)
+        event = self._events.get(timeout=None if timeout is None else max(timeout.total_seconds(), 0))
         if event is None:
+            self._events.put(None)  # for whoever else reads
             raise queue.Empty
         return event
 
@@ -105,8 +108,9 @@ class Subscription:
             self._events.put(None)
 
     def __iter__(self) -> Iterator[Event]:
-        while (event := self._events.get()) is not None:
-            yield event
+        with suppress(queue.Empty):
+            while True:
+                yield self.get()
 
     def __enter__(self) -> Self:
         return self

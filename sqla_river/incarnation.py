@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import attrs
 from sqlalchemy import Engine
@@ -147,7 +147,7 @@ class Incarnation:
             slots,
             kinds=lambda: orders.workers.kinds,
             deliver=self._deliver,
-            ready=lambda: self.completer.ready and self._heart.fresh,
+            ready=lambda: self.completer.ready and self._heart.fresh and not self.exhausted.is_set(),
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.ready.is_set(),
             wake=lambda: self._fetching.wake(),
@@ -192,11 +192,13 @@ class Incarnation:
             self._threads.deliver(rows)
 
     def _finished(self, result: Result) -> None:
-        # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
-        self.completer.put(result)
         if self._given_up and result.job in self._given_up:
             self._given_up.discard(result.job)
+            self.completer.stale += 1
+            log.warning("job %d came to its end after it was given up; that changes nothing", result.job.id)
             return
+        # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
+        self.completer.put(result)
         if self._unfinished.get(result.job.id) is result.job:
             del self._unfinished[result.job.id]
         self._fetcher.freed(result.job.queue)
@@ -237,7 +239,7 @@ class Incarnation:
             self._beating.wake()  # which reads whether somebody did ask
         elif action == "resume":
             self._fetcher.heard(None if queue in (None, "*") else queue)
-        if action in ("pause", "resume") and self.events.heard and queue is not None:
+        if action in ("pause", "resume") and self.events.heard and queue is not None and (queue == "*" or queue in self._heart.slots):
             self.events.put(Event("queue_paused" if action == "pause" else "queue_resumed", queue))
 
     def _learnt(self, fleet: Fleet) -> None:
@@ -271,23 +273,17 @@ class Incarnation:
     def _stuck(self, job: JobContext[Any]) -> None:
         """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
         row = job.row
+        self._given_up.add(row)  # from here on its own result is stale; unless that has come already
         if self._unfinished.get(row.id) is not row:
+            self._given_up.discard(row)
             return
-        self._given_up.add(row)
-        stack = self._threads.give_up(row)
+        stack = self._threads.give_up(row) or self._event_loop.stack_of(row)
         log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
-        error = AttemptError(
-            row.attempt, "TimeoutError: the handler ignored its timeout and was given up", storable(stack, 8_000)
-        )
-        if row.attempt >= row.max_attempts:
-            transition = states.discarded(error)
-        else:
-            transition = states.errored(error, RIVER_POLICY.delay(row.attempt))
-        self.completer.put(Result(row, transition))
+        self.completer.put(Result(row, self.executor.give_up(job, stack)))
         self.executor.running.pop(row.id, None)
         self._unfinished.pop(row.id, None)
         self._fetcher.freed(row.queue)
-        if len(self._given_up) >= self._most_given_up:
+        if len(self._given_up) > self._most_given_up:
             log.error(
                 "%d handlers hang; this runner drains and ends, for its supervisor to start another",
                 len(self._given_up),
@@ -404,7 +400,7 @@ def _notice(payload: str) -> dict[str, Any]:
         notice = json.loads(payload)
     except (ValueError, RecursionError):
         return {}
-    return notice if isinstance(notice, dict) else {}
+    return cast("dict[str, Any]", notice) if isinstance(notice, dict) else {}
 
 
 def _sweep_every(lease: float) -> timedelta:

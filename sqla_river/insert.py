@@ -106,7 +106,7 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
 def _pair(item: JobArgs | tuple[Any, ...]) -> tuple[JobArgs, InsertOptions]:
     if not isinstance(item, tuple):
         return item, NOTHING_SAID
-    args, said = item if len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
+    args, said = item if len(item) == 2 else (item, NOTHING_SAID)
     if not isinstance(said, InsertOptions):
         raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
     return cast("JobArgs", args), said

@@ -57,7 +57,7 @@ class Listener:
         while not self._stopping.is_set():
             try:
                 self._listen(backoff)
-            except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
+            except Exception as error:
                 self.ready.clear()
                 self._own.close()
                 self._stopping.wait(backoff.failed(error))

@@ -25,7 +25,7 @@ class Backoff:
     def failed(self, error: BaseException) -> float:
         """Note *error*; seconds to wait before the next try."""
         self._failures += 1
-        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
         now = time.monotonic()
         if now - self._said_at >= 1.0:
             self._said_at = now
@@ -88,7 +88,7 @@ class Loop:
         while not self._stopping.is_set():
             try:
                 pause = self._step()
-            except Exception as error:  # noqa: BLE001 - one bad step must not end the loop
+            except Exception as error:
                 self._stopping.wait(self._backoff.failed(error))
                 continue
             self._backoff.worked()
@@ -99,5 +99,5 @@ class Loop:
         if self._last is not None:
             try:
                 self._last()
-            except Exception:  # noqa: BLE001
+            except Exception:
                 log.warning("the end of %s failed", self._thread.name, exc_info=True)

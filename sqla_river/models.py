@@ -1,5 +1,5 @@
 """`Job`, the mapping of ``river_job``, and `JobMixin`, the same for a Base, MetaData or ``db.Model`` of one's own."""
-# ruff: noqa: SLF001 - the listeners at the end belong to JobMixin
+
 
 import json
 from copy import deepcopy
@@ -70,7 +70,7 @@ class JobMixin:
     else:
 
         @declared_attr.directive
-        def __table__(cls):  # noqa: N805
+        def __table__(cls):
             _check_order(cls)
             check_schema(cls.__river_schema__ or cls.metadata.schema)
             table = job_table(cls.metadata, cls.__river_schema__)
@@ -88,7 +88,7 @@ class JobMixin:
             return table
 
         @declared_attr.directive
-        def __tablename__(cls):  # noqa: N805
+        def __tablename__(cls):
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
     _expires: datetime | timedelta | None = None

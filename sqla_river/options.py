@@ -37,9 +37,9 @@ def shown(value: object) -> str:
     """*value* for an error message: escaped, and no longer than 60 characters."""
     try:
         text = repr(value)
-    except Exception:  # noqa: BLE001 - an int too long for text, or a class of the user's
+    except Exception:
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_kind(kind: object) -> str:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, QueuePool
 
 from sqla_river import store
 from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
@@ -168,17 +168,17 @@ class Runner:
             Scope(
                 self.engine, self.river.job_class, self._orders.sessions, self._orders.async_engine, lambda: True
             ).check()
-        size = getattr(self.engine.pool, "size", None)
-        overflow = getattr(self.engine.pool, "_max_overflow", 0)
-        slots = sum(self.queues.values())
-        if transactional and callable(size) and overflow >= 0 and size() + overflow < slots:
-            log.warning(
-                "%d slots share a pool of %d connections: transactional jobs will wait for one; "
-                "create_engine(pool_size=%d) gives each slot its own",
-                slots,
-                size() + overflow,
-                slots,
-            )
+        pool, slots = self.engine.pool, sum(self.queues.values())
+        if transactional and isinstance(pool, QueuePool) and pool._max_overflow >= 0:
+            connections = pool.size() + pool._max_overflow
+            if connections < slots:
+                log.warning(
+                    "%d slots share a pool of %d connections: transactional jobs will wait for one; "
+                    "create_engine(pool_size=%d) gives each slot its own",
+                    slots,
+                    connections,
+                    slots,
+                )
 
     def stop(self, timeout: timedelta | None = None) -> None:
         """Stop: fetch no more, give back what has not begun, let running jobs finish, and write every result.
@@ -243,7 +243,7 @@ def _check_queues(queues: Mapping[str, int]) -> None:
         raise ConfigError("queues is empty: a Runner needs at least one, as in queues={'default': 10}")
     for name, slots in queues.items():
         check_queue(name)
-        if isinstance(slots, bool) or not isinstance(slots, int) or not 1 <= slots <= MAX_SLOTS:
+        if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
             raise ConfigError(f"queue {name!r} must have 1..{MAX_SLOTS} slots, got {slots!r}")
 
 

@@ -1,7 +1,7 @@
 """The door for DDL: `create_all` and `migrate`, for those who do not use Alembic."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -192,7 +192,7 @@ def _wait(connection: Connection, lock: str) -> None:
 
 
 @contextmanager
-def _locked(connection: Connection) -> Iterator[None]:
+def _locked(connection: Connection) -> Generator[None]:
     _wait(connection, ddl.TRY_LOCK_SESSION)
     try:
         yield

@@ -8,13 +8,13 @@ the transaction through the driver itself (a raw COMMIT) is out of reach, and no
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Transaction
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -26,7 +26,7 @@ from sqla_river.statements import SELECT_OUTCOME, SETTLE_JOB
 from sqla_river.states import JobState, Transition
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 log: Final = logging.getLogger(__name__)
 
@@ -45,6 +45,10 @@ class CommitUnknownError(Exception):
     """The reply to the COMMIT was lost."""
 
 
+class NeverBegunError(Exception):
+    """The runner stops, and no connection had come free for the job."""
+
+
 class Unit:
     """One transactional attempt: a session, its connection, and the transaction that the runner owns."""
 
@@ -54,6 +58,8 @@ class Unit:
         self._row = row
         self._schema = schema
         self.session: Any = None
+        self.kept: Callable[[], bool] = lambda: True
+        """Whether the user's scoped_session still leads to the session."""
 
     def settle(self, session: Session, transition: Transition) -> JobState:
         """Flush *session*, write *transition* under the fence, and commit all of it; the state that the job came to.
@@ -65,8 +71,10 @@ class Unit:
         """
         if not self.root.is_active:
             raise TransactionOver(
-                "the handler rolled its session back; raise an error instead, or use session.begin_nested() for a part"
+                "the handler ended the transaction of its job; raise an error to roll back, or use session.begin_nested() for a part"
             )
+        if not self.kept():
+            raise TransactionOver("the handler removed the session of its job from the scoped_session; leave that to the runner")
         session.commit()  # flushes, and runs the session's own events; the transaction is not its to commit
         given = {
             "p_id": self._row.id,
@@ -111,34 +119,43 @@ class Scope:
     ) -> None:
         self._engine = engine
         self._job_class = job_class
-        self._sessions = sessions
+        self._sessions: Any = sessions
         self._async_engine = async_engine
         self._stopped = stopped
-        self.lost = LostJobError
-        self.unknown = CommitUnknownError
+        self.unknown: type[BaseException] = CommitUnknownError
+        self.no_failure: tuple[type[BaseException], ...] = (LostJobError, NeverBegunError)
+        self._maker, self._scoped, self._async_maker = _makers(sessions)
 
     def check(self) -> None:
-        """Raise `ConfigError` where the user's sessions lead somewhere else than the runner's engine."""
-        if isinstance(self._sessions, sessionmaker):
-            with self._sessions() as session:
-                bind = session.get_bind(mapper=self._job_class)
-                if bind.engine.pool is not self._engine.pool:
-                    raise ConfigError(
-                        f"sessions= leads to {bind.engine.url!r} for {self._job_class.__name__}, the runner works on "
-                        f"{self._engine.url!r}; give both the same engine"
-                    )
+        """Raise `ConfigError` where the user's sessions lead somewhere else than the runner's engines."""
+        if self._maker is not None:
+            with self._maker() as session:
+                self._check(session, self._engine)
+        if self._async_maker is not None and self._async_engine is not None:
+            self._check(self._async_maker().sync_session, self._async_engine.sync_engine)
+
+    def _check(self, session: Session, engine: Engine) -> None:
+        try:
+            bind = session.get_bind(mapper=self._job_class)
+        except (UnboundExecutionError, RuntimeError):
+            return  # bound to nothing, or Flask's outside of an app: the handler's own session tells
+        if bind.engine.pool is not engine.pool:
+            raise ConfigError(
+                f"sessions= leads to {bind.engine.url!r} for {self._job_class.__name__}, the runner works on {engine.url!r}; "
+                "give both the same engine"
+            )
 
     @contextmanager
-    def open(self, row: JobRow) -> Iterator[Unit]:
+    def open(self, row: JobRow) -> Generator[Unit]:
         """A unit for *row*. What is not settled when the block ends is rolled back."""
         connection = self._wait_for_connection()
         try:
             unit = self._unit(connection, row)
-            scoped = self._sessions if isinstance(self._sessions, scoped_session) else None
-            maker = scoped.session_factory if scoped is not None else self._sessions
-            unit.session = session = _make(maker, Session, unit)
+            scoped = self._scoped
+            unit.session = session = _make(self._maker, unit)
             if scoped is not None:
                 scoped.registry.set(session)
+                unit.kept = lambda: scoped.registry.has() and scoped.registry() is session
             try:
                 yield unit
             finally:
@@ -151,15 +168,15 @@ class Scope:
             connection.close()
 
     @asynccontextmanager
-    async def open_async(self, row: JobRow) -> AsyncIterator[Unit]:
+    async def open_async(self, row: JobRow) -> AsyncGenerator[Unit]:
         """The same with an AsyncSession."""
-        from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+        from sqlalchemy.ext.asyncio import AsyncSession
 
-        assert self._async_engine is not None
-        maker = self._sessions if isinstance(self._sessions, async_sessionmaker) else None
+        maker = self._async_maker
         options: dict[str, Any] = {"expire_on_commit": False, **(maker.kw if maker is not None else {})}
         base: type[Any] = maker.class_ if maker is not None else AsyncSession
-        async with self._async_engine.connect() as connection:
+        connection = await self._wait_for_async_connection()
+        try:
             unit = await connection.run_sync(self._unit, row)
             sync_base = options.pop("sync_session_class", base.sync_session_class)
             unit.session = session = base(
@@ -171,6 +188,8 @@ class Scope:
                 await session.close()
                 if unit.root.is_active:
                     await connection.run_sync(lambda _: unit.root.rollback())
+        finally:
+            await connection.close()
 
     def resolve(self, row: JobRow) -> JobState | None:
         """What became of *row* when the reply to its COMMIT was lost; None if it was not committed, or that cannot be had in 10 s.
@@ -178,29 +197,42 @@ class Scope:
         A server that is still committing holds the row's lock, and FOR UPDATE waits for it: a plain read would say running.
         """
         until = time.monotonic() + RESOLVE_FOR
-        while time.monotonic() < until and not self._stopped():
+        while True:
             try:
                 with self._engine.begin() as connection:
+                    store.bound_locks(connection, RESOLVE_FOR)
                     schema = store.real_schema(connection, declared_schema(self._job_class))
                     state = store.execute(
                         connection, schema, SELECT_OUTCOME, {"p_id": row.id, "p_token": row.token}
                     ).scalar()
                 return None if state is None or state == JobState.RUNNING else JobState(state)
-            except Exception as error:  # noqa: BLE001 - the database may be on its way back
+            except Exception as error:
+                if time.monotonic() > until or self._stopped():
+                    return None
                 log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0])
                 time.sleep(0.2)
-        return None
 
     def _wait_for_connection(self) -> Connection:
         """A connection of the user's pool; while all are taken the job waits rather than fails."""
         while True:
             try:
                 return self._engine.connect()
-            except PoolTimeoutError:
+            except PoolTimeoutError as error:
                 if self._stopped():
-                    raise
+                    raise NeverBegunError from error
+
+    async def _wait_for_async_connection(self) -> "AsyncConnection":
+        assert self._async_engine is not None
+        while True:
+            try:
+                return await self._async_engine.connect()
+            except PoolTimeoutError as error:
+                if self._stopped():
+                    raise NeverBegunError from error
 
     def _unit(self, connection: Connection, row: JobRow) -> Unit:
+        if getattr(connection.connection, "autocommit", False):  # an engine of AUTOCOMMIT would store each write at once
+            connection.execution_options(isolation_level="READ COMMITTED")
         schema = store.real_schema(connection, declared_schema(self._job_class))
         return Unit(connection, connection.begin(), row, schema)
 
@@ -215,8 +247,29 @@ def _options(given: dict[str, Any], unit: Unit) -> dict[str, Any]:
     return {**kept, "join_transaction_mode": "rollback_only", "info": {**(given.get("info") or {}), _KEY: unit}}
 
 
-def _make(maker: Any, default: type[Session], unit: Unit) -> Session:
-    base: type[Session] = maker.class_ if maker is not None else default
+def _makers(sessions: Any) -> tuple[Any, Any, Any]:
+    """The sessionmaker, the scoped_session and the async_sessionmaker that *sessions* is, as far as it is one."""
+    if sessions is None:
+        return None, None, None
+    if isinstance(sessions, sessionmaker):
+        return sessions, None, None
+    if isinstance(sessions, scoped_session):
+        return sessions.session_factory, sessions, None
+    if isinstance(sessions, _async_sessionmaker()):
+        return None, None, sessions
+    raise ConfigError(f"sessions= takes a sessionmaker, a scoped_session or an async_sessionmaker, got {type(sessions).__name__}")
+
+
+def _async_sessionmaker() -> Any:
+    try:
+        from sqlalchemy.ext.asyncio import async_sessionmaker
+    except ImportError:  # without greenlet there are no async sessions
+        return ()
+    return async_sessionmaker
+
+
+def _make(maker: Any, unit: Unit) -> Session:
+    base: type[Session] = maker.class_ if maker is not None else Session
     options = dict(maker.kw) if maker is not None else {}
     return _job_session(base)(bind=unit.connection, **_options(options, unit))
 

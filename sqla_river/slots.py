@@ -8,6 +8,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
+from contextvars import copy_context
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -19,6 +21,12 @@ log: Final = logging.getLogger(__name__)
 STUCK_AFTER: Final = 10.0
 """Seconds that a handler may ignore its timeout, before it is given up; River's number."""
 LOOP_BLOCKED_AFTER: Final = 1.0
+LEFT_TIMEOUT: Final = 0.2
+"""Seconds for tasks that ignored a stop to end when the event loop does."""
+
+
+def _name(row: JobRow) -> str:
+    return f"job {row.id} ({row.kind})"
 
 
 class Threads:
@@ -85,7 +93,7 @@ class Threads:
         working = self._working
         while (row := self._waiting.get()) is not None:
             working[ident] = row
-            result = self._execute(row)
+            result = copy_context().run(self._execute, row)  # what a handler sets is gone with it
             del working[ident]
             self._finished(result)
             if self._surplus and ident in self._surplus:
@@ -110,6 +118,7 @@ class EventLoop:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticked_at = math.inf
         self._said = False
+        self._ended = False
 
     def deliver(self, rows: list[JobRow]) -> None:
         """Begin *rows*. Called by one thread only."""
@@ -120,9 +129,18 @@ class EventLoop:
         self._loop.call_soon_threadsafe(self._begin, rows)
 
     def stop(self) -> None:
-        """End the loop. Tasks that still run are left where they are."""
+        """End the loop. Tasks that still run are cancelled once more, and then left where they are."""
+        self._ended = True
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            with suppress(RuntimeError):  # closed already
+                self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def stack_of(self, row: JobRow) -> str:
+        """Where the handler of *row* awaits; nothing if it is not known here."""
+        if self._loop is None:
+            return ""
+        frames = [task.get_stack() for task in asyncio.all_tasks(self._loop) if task.get_name() == _name(row)]
+        return "".join(line for stack in frames for frame in stack for line in traceback.format_stack(frame, 1))
 
     def look(self) -> None:
         """Say so if a handler blocks the loop, once each time. Called by the watch, about every second."""
@@ -142,11 +160,19 @@ class EventLoop:
         assert loop is not None
         asyncio.set_event_loop(loop)
         self._tick()
-        try:
-            loop.run_forever()
-        finally:
+        while not self._ended:
+            try:
+                loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):  # of a task that a handler made
+                log.warning("a task on the event loop tried to end the process", exc_info=True)
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        with suppress(BaseException):
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=LEFT_TIMEOUT))
             loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
+        loop.close()
 
     def _tick(self) -> None:
         assert self._loop is not None
@@ -156,7 +182,7 @@ class EventLoop:
     def _begin(self, rows: list[JobRow]) -> None:
         assert self._loop is not None
         for row in rows:
-            task = self._loop.create_task(self._work(row), name=f"job {row.id} ({row.kind})")
+            task = self._loop.create_task(self._work(row), name=_name(row))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

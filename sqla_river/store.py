@@ -1,11 +1,11 @@
 """The door for statements: which schema they mean, and the connections that a runner keeps for itself."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, CursorResult, Engine, Executable, RootTransaction, func, select
+from sqlalchemy import Connection, Engine, Executable, RootTransaction, func, select
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import statements
@@ -13,6 +13,21 @@ from sqla_river.errors import WrongDatabaseError
 from sqla_river.states import Transition
 
 _now: WeakKeyDictionary[RootTransaction, Any] = WeakKeyDictionary()
+
+
+class Rows(Protocol):
+    """What a statement brought. SQLAlchemy 2.0 and 2.1 type their rows in ways that cannot be written down for both."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def all(self) -> Sequence[Any]: ...
+    def first(self) -> Any: ...
+    def one(self) -> Any: ...
+    def one_or_none(self) -> Any: ...
+    def scalar(self) -> Any: ...
+    def scalar_one(self) -> Any: ...
+    def scalars(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 def real_schema(connection: Connection, declared: str | None) -> str | None:
@@ -34,9 +49,14 @@ def execute(
     schema: str | None,
     statement: Executable,
     parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-) -> CursorResult[Any]:
+) -> Rows:
     """Run one of our statements on *connection*, its tables in the real schema *schema*. One round trip."""
-    return connection.execute(statement, parameters, execution_options=map_options(schema))  # type: ignore[call-overload,no-any-return]
+    return cast("Rows", connection.execute(statement, parameters, execution_options=map_options(schema)))
+
+
+def bound_locks(connection: Connection, seconds: float) -> None:
+    """Let statements of the open transaction wait for locks no longer than that."""
+    connection.execute(select(func.set_config("lock_timeout", f"{int(seconds * 1000)}ms", True)))
 
 
 def check_postgresql(dialect_name: str, driver: str) -> None:
@@ -132,7 +152,7 @@ class OwnConnection:
         self.get()
         return self._raw
 
-    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+    def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Rows:
         """Run one of our statements. An error that broke the connection closes it, and the next call opens another."""
         connection = self.get()
         try:

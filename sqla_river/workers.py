@@ -24,7 +24,7 @@ Retry = RetryPolicy | Callable[[JobContext[Any]], timedelta | Cancel]
 
 A = TypeVar("A", bound=JobArgs)
 R = TypeVar("R", bound=Outcome | Awaitable[Outcome])
-O = TypeVar("O", bound=Outcome)  # noqa: E741
+O = TypeVar("O", bound=Outcome)
 C = TypeVar("C", bound=Awaitable[Outcome])
 S = TypeVar("S", bound="Session")
 AS = TypeVar("AS", bound="AsyncSession")
@@ -173,7 +173,7 @@ def _check_call(kind: str, handler: Callable[..., Any], given: int) -> None:
     try:
         inspect.signature(handler).bind(*range(given))
     except TypeError as error:
-        takes = "(job, session)" if given == 2 else "(job)"  # noqa: PLR2004
+        takes = "(job, session)" if given == 2 else "(job)"
         name = getattr(handler, "__qualname__", handler)
         raise RegistrationError(f"{name} works kind {kind!r} and must be callable as {takes}: {error}") from None
     except ValueError:

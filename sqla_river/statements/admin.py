@@ -2,16 +2,14 @@
 
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Select, Text, case, cast, func, literal_column, select, update
+from sqlalchemy import BigInteger, ColumnElement, Text, case, cast, func, select, update
 
-from sqla_river.statements.words import METADATA, NOW, RUNNING, array_of, job, notification, state, w
+from sqla_river.statements.words import METADATA, NOW, RUNNING, array_of, job, literal, notification, state, w
 
-_asked_at: Final[ColumnElement[Any]] = literal_column(
-    """to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
-)
+_asked_at: Final[ColumnElement[Any]] = literal("""to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')""")
 
 
-def _cancel(skip_locked: bool) -> Select[Any]:
+def _cancel(skip_locked: bool) -> Any:
     unfinished = (
         select(w.c.id)
         .where(w.c.id == func.any(array_of("p_ids", BigInteger)), w.c.finalized_at.is_(None))
@@ -26,17 +24,17 @@ def _cancel(skip_locked: bool) -> Select[Any]:
         .values(
             state=case((running, job.c.state), else_=cast(state("cancelled"), job.c.state.type)),
             finalized_at=case((~running, NOW)),
-            metadata_=METADATA.op("||")(func.jsonb_build_object(literal_column("'cancel_attempted_at'"), _asked_at)),
+            metadata_=METADATA.op("||")(func.jsonb_build_object(literal("'cancel_attempted_at'"), _asked_at)),
         )
         .returning(job.c.id, job.c.queue, cast(job.c.state, Text).label("state"))
         .cte("changed")
     )
-    payload = (
-        literal_column("""'{"action": "cancel", "job_id": '""")
+    payload: ColumnElement[Any] = (
+        literal("""'{"action": "cancel", "job_id": '""")
         + cast(changed.c.id, Text)
-        + literal_column("""', "queue": '""")
+        + literal("""', "queue": '""")
         + cast(func.to_json(changed.c.queue), Text)
-        + literal_column("'}'")
+        + literal("'}'")
     )
     told = select(notification("river_control", payload).label("said")).where(changed.c.state == RUNNING).cte("told")
     return select(changed.c.id, changed.c.state, select(func.count(told.c.said)).scalar_subquery().label("told"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any, Final
+from typing import cast as typed
 
 from sqlalchemy import (
     BigInteger,
@@ -15,7 +16,6 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    literal_column,
     or_,
     select,
     update,
@@ -37,6 +37,7 @@ from sqla_river.statements.words import (
     array_of,
     fence,
     job,
+    literal,
     state,
     w,
 )
@@ -46,8 +47,8 @@ _done: Final = (
     .table_valued(column("id", BigInteger), column("token", Text))
     .render_derived(name="done")
 )
-_mine: Final = (
-    select(literal_column("w.ctid"))
+_mine: Final[Any] = (
+    select(literal("w.ctid"))
     .select_from(_done.join(w, w.c.id == _done.c.id))
     .where(fence(w, _done.c.token))
     .order_by(w.c.id)
@@ -58,7 +59,7 @@ _mine: Final = (
 # for: a row that somebody's open transaction holds is left out and tried again in a batch of its own.
 COMPLETE_JOBS: Final = (
     update(job)
-    .where(CTID == func.any(func.array(_mine.scalar_subquery())), STATE_TEXT == RUNNING)
+    .where(CTID.op("=")(func.any(func.array(_mine.scalar_subquery()))), STATE_TEXT == RUNNING)
     .values(state=state("completed"), finalized_at=NOW)
     .returning(job.c.id)
 )
@@ -87,7 +88,7 @@ _given: Final = (
     .render_derived(name="given")
 )
 _locked: Final = (
-    select(literal_column("w.ctid").label("at"), _given)
+    select(literal("w.ctid").label("at"), _given)
     .select_from(_given.join(w, w.c.id == _given.c.id))
     .where(fence(w, _given.c.token))
     .order_by(w.c.id)
@@ -105,14 +106,14 @@ def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
     unfinished = given["state"].in_([AVAILABLE, state("scheduled"), state("retryable")])
     to = case((and_(CANCEL_ASKED, unfinished), state("cancelled")), else_=given["state"])
     finalized = to.in_([state("cancelled"), state("completed"), state("discarded")])
-    back = func.greatest(job.c.attempt - given["back"], literal_column("0"))
-    error = func.jsonb_build_object(literal_column("'at'"), STARTED_AT).op("||")(cast(given["error"], JSONB))
-    counted: ColumnElement[Any] = literal_column(
+    back = func.greatest(job.c.attempt - given["back"], literal("0"))
+    error = func.jsonb_build_object(literal("'at'"), STARTED_AT).op("||")(cast(given["error"], JSONB))
+    counted: ColumnElement[Any] = literal(
         "jsonb_build_object('snoozes', CASE WHEN jsonb_typeof(river_job.metadata->'snoozes') = 'number' "
         "THEN (river_job.metadata->>'snoozes')::numeric ELSE 0 END + 1)"
     )
-    snoozes = case((given["snoozed"] > literal_column("0"), counted), else_=literal_column("'{}'::jsonb"))
-    staged = cast(func.coalesce(given["metadata"], literal_column("'{}'")), JSONB)
+    snoozes = case((given["snoozed"] > literal("0"), counted), else_=literal("'{}'::jsonb"))
+    staged = cast(func.coalesce(given["metadata"], literal("'{}'")), JSONB)
     return {
         "state": cast(to, job.c.state.type),
         "finalized_at": case((finalized, NOW)),
@@ -128,12 +129,12 @@ def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
 # Caller: complete.py for every other result. Index and locks as COMPLETE_JOBS.
 SETTLE_JOBS: Final = (
     update(job)
-    .where(CTID == _locked.c.at, job.c.id == _locked.c.id, STATE_TEXT == RUNNING)
-    .values(**_settled(dict(_locked.c)))
+    .where(_locked.c.at == CTID, job.c.id == _locked.c.id, STATE_TEXT == RUNNING)
+    .values(**_settled(typed("dict[str, ColumnElement[Any]]", dict(_locked.c.items()))))
     .returning(job.c.id, cast(job.c.state, Text))
 )
 
-_one: Final = {
+_one: Final[dict[str, ColumnElement[Any]]] = {
     "state": bindparam("p_state", type_=Text),
     "back": bindparam("p_back", type_=Integer),
     "delay": cast(bindparam("p_delay", type_=Interval), Interval),
@@ -151,7 +152,7 @@ SETTLE_JOB: Final = update(job).where(_held).values(**_settled(_one)).returning(
 # would say running.
 SELECT_OUTCOME: Final = (
     select(STATE_TEXT)
-    .where(job.c.id == bindparam("p_id", type_=BigInteger), LAST_TOKEN == bindparam("p_token", type_=Text))
+    .where(job.c.id == bindparam("p_id", type_=BigInteger), bindparam("p_token", type_=Text) == LAST_TOKEN)
     .with_for_update()
 )
 
@@ -161,7 +162,7 @@ _noted: Final = (
     .render_derived(name="noted")
 )
 _noting: Final = (
-    select(literal_column("w.ctid").label("at"), w.c.id, _noted.c.note)
+    select(literal("w.ctid").label("at"), w.c.id, _noted.c.note)
     .select_from(_noted.join(w, w.c.id == _noted.c.id))
     .where(fence(w, _noted.c.token))
     .order_by(w.c.id)
@@ -172,10 +173,10 @@ _noting: Final = (
 # Caller: complete.py, at most once a second, for the jobs that reported progress. Index and locks as COMPLETE_JOBS.
 NOTE_PROGRESS: Final = (
     update(job)
-    .where(CTID == _noting.c.at, job.c.id == _noting.c.id, STATE_TEXT == RUNNING)
+    .where(_noting.c.at == CTID, job.c.id == _noting.c.id, STATE_TEXT == RUNNING)
     .values(
         metadata_=METADATA.op("||")(
-            func.jsonb_build_object(literal_column("'sqla_river:progress'"), cast(_noting.c.note, JSONB))
+            func.jsonb_build_object(literal("'sqla_river:progress'"), cast(_noting.c.note, JSONB))
         )
     )
 )
@@ -185,5 +186,5 @@ NOTE_PROGRESS: Final = (
 SELECT_HELD: Final = (
     select(job.c.id, STATE_TEXT.label("state"))
     .select_from(_done.join(job, job.c.id == _done.c.id))
-    .where(LAST_TOKEN == _done.c.token)
+    .where(_done.c.token == LAST_TOKEN)
 )

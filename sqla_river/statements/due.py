@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from sqlalchemy import Double, Text, and_, bindparam, cast, extract, func, literal_column, or_, select, update
+from sqlalchemy import Double, Text, and_, bindparam, cast, extract, func, or_, select, update
 
 from sqla_river.statements.words import (
     MOMENT,
@@ -10,6 +10,7 @@ from sqla_river.statements.words import (
     discarded_if,
     holds_key,
     job,
+    literal,
     notification,
     queue_payload,
     state,
@@ -22,7 +23,7 @@ _due: Final = (
     select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"))
     .where(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= NOW)
     .order_by(w.c.scheduled_at, w.c.id)
-    .limit(literal_column("1000"))
+    .limit(literal("1000"))
     .with_for_update(skip_locked=True, of=w)
     .cte("due")
 )
@@ -35,14 +36,14 @@ _judged: Final = select(
             .where(holds_key(_holder, _due.c.unique_key), _holder.c.id != _due.c.id)
             .correlate(_due)
             .exists(),
-            func.row_number().over(partition_by=_due.c.unique_key, order_by=_due.c.id) > literal_column("1"),
+            func.row_number().over(partition_by=_due.c.unique_key, order_by=_due.c.id) > literal("1"),
         ),
     ).label("taken"),
 ).cte("judged")
 _moved: Final = (
     update(job)
     .where(job.c.id == _judged.c.id)
-    .values(**discarded_if(func.coalesce(_judged.c.taken, literal_column("false"))))
+    .values(**discarded_if(func.coalesce(_judged.c.taken, literal("false"))))
     .returning(job.c.queue)
     .cte("moved")
 )
@@ -55,7 +56,7 @@ SCHEDULE_DUE: Final = select(
     _queues_moved.c.queue, _queues_moved.c.jobs, notification("river_insert", queue_payload(_queues_moved.c.queue))
 )
 
-_recently: Final = NOW - literal_column("interval '1 day'")  # arithmetic on -infinity, or on a time BC, would raise
+_recently: Final = NOW - literal("interval '1 day'")  # arithmetic on -infinity, or on a time BC, would raise
 
 # Caller: fetch.py, after each schedule, at each poll, and when woken. Index: river_job_due_idx, its first live entry. The second value is
 # where a bounded look may begin: dead entries before it are not walked (200,000 of them made an unbounded one read 3,438 buffers). Its
@@ -64,16 +65,15 @@ SELECT_NEXT_DUE: Final = (
     select(
         cast(extract("epoch", func.greatest(job.c.scheduled_at, _recently) - func.clock_timestamp()), Double),
         cast(
-            func.greatest(func.least(job.c.scheduled_at, NOW), _recently) - literal_column("interval '10 seconds'"),
+            func.greatest(func.least(job.c.scheduled_at, NOW), _recently) - literal("interval '10 seconds'"),
             Text,
         ),
     )
     .where(
         job.c.state.in_([state("retryable"), state("scheduled")]),
-        job.c.scheduled_at
-        >= cast(func.coalesce(bindparam("p_since", type_=Text), literal_column("'-infinity'")), MOMENT),
-        job.c.scheduled_at < literal_column("'infinity'"),
+        job.c.scheduled_at >= cast(func.coalesce(bindparam("p_since", type_=Text), literal("'-infinity'")), MOMENT),
+        job.c.scheduled_at < literal("'infinity'"),
     )
     .order_by(job.c.scheduled_at, job.c.id)
-    .limit(literal_column("1"))
+    .limit(literal("1"))
 )

@@ -16,7 +16,6 @@ from sqlalchemy import (
     delete,
     extract,
     func,
-    literal_column,
     null,
     or_,
     select,
@@ -40,6 +39,7 @@ from sqla_river.statements.words import (
     array_of,
     holds_key,
     job,
+    literal,
     notification,
     state,
     w,
@@ -75,7 +75,7 @@ CLAIM_DUTY: Final = (
         river_duty.c.name == _name,
         or_(
             river_duty.c.due_at <= NOW,
-            river_duty.c.due_at > NOW + func.greatest(_every, literal_column("interval '5 minutes'")),
+            river_duty.c.due_at > NOW + func.greatest(_every, literal("interval '5 minutes'")),
         ),
     )
     .values(due_at=NOW + _every)
@@ -88,17 +88,15 @@ POSTPONE_DUTY: Final = (
 
 # ---- rescue -----------------------------------------------------------------------------------------------------------
 
-OUR_ID: Final[ColumnElement[Any]] = literal_column("'^[A-Za-z0-9_-]{1,60}:[0-9]+:[0-9a-f]{16}$'")
+OUR_ID: Final[ColumnElement[Any]] = literal("'^[A-Za-z0-9_-]{1,60}:[0-9]+:[0-9a-f]{16}$'")
 """The shape of a runner's id: what stands before the slash of a token. Go's clients name themselves otherwise."""
-GO_PATIENCE: Final[ColumnElement[Any]] = literal_column("interval '1 hour'")
+GO_PATIENCE: Final[ColumnElement[Any]] = literal("interval '1 hour'")
 """After which River rescues a job of a client that has no lease."""
-DEATHS_ALONE: Final[ColumnElement[Any]] = literal_column("3")
+DEATHS_ALONE: Final[ColumnElement[Any]] = literal("3")
 """Deaths of its runner while it ran alone there, at which a job is discarded."""
 
-_owner: Final = func.split_part(
-    literal_column("w.attempted_by[cardinality(w.attempted_by)]"), literal_column("'/'"), literal_column("1")
-)
-_is_ours: Final = func.coalesce(_owner, literal_column("''")).op("~")(OUR_ID)
+_owner: Final = func.split_part(literal("w.attempted_by[cardinality(w.attempted_by)]"), literal("'/'"), literal("1"))
+_is_ours: Final = func.coalesce(_owner, literal("''")).op("~")(OUR_ID)
 
 # Caller: duties/rescue.py, before RESCUE_STUCK. An owner of our shape without a row (lost with a failover, or deleted by hand) gets one that
 # is fresh now, and the ordinary rule does the rest. Index: river_job_running_idx.
@@ -106,7 +104,7 @@ INSERT_LOST_RUNNERS: Final = (
     pg_insert(river_runner)
     .from_select(
         ["id", "version"],
-        select(_owner, literal_column("'lost'"))
+        select(_owner, literal("'lost'"))
         .select_from(w)
         .where(
             w.c.state == RUNNING,
@@ -126,7 +124,7 @@ RESET_AHEAD: Final = (
     update(river_runner).where(river_runner.c.heartbeat_at > NOW + river_runner.c.lease).values(heartbeat_at=NOW)
 )
 
-_entitled: Final = NOW <= bindparam("p_until", type_=MOMENT)
+_entitled: Final = bindparam("p_until", type_=MOMENT) >= NOW
 _dead: Final = (
     select(river_runner.c.id, river_runner.c.alone)
     .where(river_runner.c.heartbeat_at < NOW - river_runner.c.lease, _entitled)
@@ -140,7 +138,7 @@ _stuck: Final = (
     .select_from(w.outerjoin(_dead, _dead.c.id == _owner))
     .where(w.c.state == RUNNING, or_(_dead.c.id.is_not(None), and_(~_is_ours, _silent)), _entitled)
     .order_by(w.c.id)
-    .limit(literal_column("1000"))
+    .limit(literal("1000"))
     .with_for_update(skip_locked=True, of=w)
     .cte("stuck")
 )
@@ -150,8 +148,8 @@ _counted: Final = (
         ["job_id", "deaths", "alone"],
         select(
             _stuck.c.id,
-            literal_column("1"),
-            case((_stuck.c.alone == _stuck.c.id, literal_column("1")), else_=literal_column("0")),
+            literal("1"),
+            case((_stuck.c.alone == _stuck.c.id, literal("1")), else_=literal("0")),
         )
         .where(_stuck.c.owner.is_not(None))
         .order_by(_stuck.c.id),
@@ -160,8 +158,8 @@ _counted: Final = (
     .on_conflict_do_update(
         index_elements=["job_id"],
         set_={
-            "deaths": river_suspect.c.deaths + literal_column("1"),
-            "alone": river_suspect.c.alone + literal_column("excluded.alone"),
+            "deaths": river_suspect.c.deaths + literal("1"),
+            "alone": river_suspect.c.alone + literal("excluded.alone"),
         },
     )
     .returning(river_suspect.c.job_id, river_suspect.c.deaths, river_suspect.c.alone)
@@ -181,16 +179,16 @@ _sentence: Final = (
                 .where(holds_key(_holder, _stuck.c.unique_key), _holder.c.id != _stuck.c.id)
                 .correlate(_stuck)
                 .exists(),
-                func.row_number().over(partition_by=_stuck.c.unique_key, order_by=_stuck.c.id) > literal_column("1"),
+                func.row_number().over(partition_by=_stuck.c.unique_key, order_by=_stuck.c.id) > literal("1"),
             ),
         ).label("taken"),
     )
     .select_from(_stuck.outerjoin(_counted, _counted.c.job_id == _stuck.c.id))
     .cte("sentence")
 )
-_taken: Final = func.coalesce(_sentence.c.taken, literal_column("false"))
-_poison: Final = func.coalesce(_sentence.c.alone, literal_column("0")) >= DEATHS_ALONE
-_suspect: Final = func.coalesce(_sentence.c.deaths, literal_column("0")) >= SUSPICIOUS
+_taken: Final = func.coalesce(_sentence.c.taken, literal("false"))
+_poison: Final = func.coalesce(_sentence.c.alone, literal("0")) >= DEATHS_ALONE
+_suspect: Final = func.coalesce(_sentence.c.deaths, literal("0")) >= SUSPICIOUS
 _rescued_to: Final = case(
     (CANCEL_ASKED, state("cancelled")),
     (or_(_poison, _taken, job.c.attempt >= job.c.max_attempts), state("discarded")),
@@ -199,28 +197,26 @@ _rescued_to: Final = case(
 _why: Final = case(
     (
         _poison,
-        literal_column(
-            "'rescued: its runner died ' || sentence.alone || ' times while this job ran alone in it; discarded'"
-        ),
+        literal("'rescued: its runner died ' || sentence.alone || ' times while this job ran alone in it; discarded'"),
     ),
-    (_taken, literal_column("'rescued: another job holds its unique key by now; discarded'")),
-    (_sentence.c.owner.is_(None), literal_column("'rescued: no word of it for an hour'")),
-    else_=literal_column("'rescued: the lease of runner ' || sentence.owner || ' ran out'"),
+    (_taken, literal("'rescued: another job holds its unique key by now; discarded'")),
+    (_sentence.c.owner.is_(None), literal("'rescued: no word of it for an hour'")),
+    else_=literal("'rescued: the lease of runner ' || sentence.owner || ' ran out'"),
 )
-_rescues: Final[ColumnElement[Any]] = literal_column(
+_rescues: Final[ColumnElement[Any]] = literal(
     "jsonb_build_object('river:rescue_count', "
     "CASE WHEN jsonb_typeof(river_job.metadata->'river:rescue_count') = 'number' "
     "THEN (river_job.metadata->>'river:rescue_count')::numeric ELSE 0 END + 1)"
 )
 _error: Final = func.jsonb_build_object(
-    literal_column("'at'"),
+    literal("'at'"),
     STARTED_AT,
-    literal_column("'attempt'"),
+    literal("'attempt'"),
     job.c.attempt,
-    literal_column("'error'"),
+    literal("'error'"),
     _why,
-    literal_column("'trace'"),
-    literal_column("''"),
+    literal("'trace'"),
+    literal("''"),
 )
 _rescued: Final = (
     update(job)
@@ -240,11 +236,11 @@ _told: Final = (
     select(
         notification(
             "river_insert",
-            literal_column("""'{"queue": '""")
+            literal("""'{"queue": '""")
             + cast(func.to_json(_rescued.c.queue), Text)
             + case(
-                (func.bool_or(_rescued.c.suspect), literal_column("""', "suspects": true}'""")),
-                else_=literal_column("'}'"),
+                (func.bool_or(_rescued.c.suspect), literal("""', "suspects": true}'""")),
+                else_=literal("'}'"),
             ),
         ).label("said")
     )
@@ -268,8 +264,8 @@ RESCUE_STUCK: Final = select(
 )
 
 _s: Final = river_suspect.alias("s")
-_cleared: Final = (
-    select(literal_column("s.ctid"))
+_cleared: Final[Any] = (
+    select(literal("s.ctid"))
     .select_from(_s)
     .where(~select(w.c.id).where(w.c.id == _s.c.job_id, w.c.finalized_at.is_(None)).correlate(_s).exists())
     .with_for_update(skip_locked=True, of=_s)
@@ -277,7 +273,7 @@ _cleared: Final = (
 
 # Caller: duties/rescue.py, after it. What has finished is no suspect any more. Index: river_job_pkey. Locks: none waited for.
 DELETE_CLEARED: Final = delete(river_suspect).where(
-    literal_column("river_suspect.ctid") == func.any(func.array(_cleared.scalar_subquery()))
+    literal("river_suspect.ctid") == func.any(func.array(_cleared.scalar_subquery()))
 )
 
 # ---- prune, clean -----------------------------------------------------------------------------------------------------
@@ -286,8 +282,8 @@ DELETE_CLEARED: Final = delete(river_suspect).where(
 def _prune(name: str) -> Delete:
     age = cast(bindparam("p_age"), Interval)
     only, others = bindparam("p_queue", type_=Text), array_of("p_others", Text)
-    over = (
-        select(literal_column("w.ctid"))
+    over: Any = (
+        select(literal("w.ctid"))
         .select_from(w)
         .where(
             w.c.state == state(name),
@@ -295,12 +291,12 @@ def _prune(name: str) -> Delete:
             or_(w.c.queue == only, and_(only.is_(None), w.c.queue != func.all(others))),
         )
         .order_by(w.c.finalized_at, w.c.id)
-        .limit(literal_column("1000"))
+        .limit(literal("1000"))
         .with_for_update(skip_locked=True, of=w)
     )
     return delete(job).where(
-        CTID == func.any(func.array(over.scalar_subquery())),
-        STATE_TEXT == state(name),
+        CTID.op("=")(func.any(func.array(over.scalar_subquery()))),
+        state(name) == STATE_TEXT,
         job.c.finalized_at < NOW - age,
     )
 
@@ -312,21 +308,21 @@ PRUNE_CANCELLED: Final = _prune("cancelled")
 PRUNE_DISCARDED: Final = _prune("discarded")
 
 _q: Final = river_queue.alias("q")
-_untouched: Final = (
-    select(literal_column("q.ctid"))
+_untouched: Final[Any] = (
+    select(literal("q.ctid"))
     .select_from(_q)
-    .where(_q.c.updated_at < NOW - literal_column("interval '24 hours'"), _q.c.paused_at.is_(None))
+    .where(_q.c.updated_at < NOW - literal("interval '24 hours'"), _q.c.paused_at.is_(None))
     .with_for_update(skip_locked=True, of=_q)
 )
 
 # Caller: duties/prune.py. A queue that nobody touched for 24 h goes, as in River; one that is paused never does, or the pause were forgotten.
 # Locks: the rows it deletes, none waited for, for runners touch theirs in name order; the lock holds what was read.
 DELETE_UNTOUCHED_QUEUES: Final = delete(river_queue).where(
-    literal_column("river_queue.ctid") == func.any(func.array(_untouched.scalar_subquery()))
+    literal("river_queue.ctid") == func.any(func.array(_untouched.scalar_subquery()))
 )
 
 # Caller: duties/prune.py. A runner's row goes ten leases after its last word, and only when no running job names it.
 DELETE_GONE_RUNNERS: Final = delete(river_runner).where(
-    river_runner.c.heartbeat_at < NOW - literal_column("10 * river_runner.lease"),
+    river_runner.c.heartbeat_at < NOW - literal("10 * river_runner.lease"),
     ~select(w.c.id).where(w.c.state == RUNNING, _owner == river_runner.c.id).correlate(river_runner).exists(),
 )

@@ -15,12 +15,11 @@ from sqlalchemy import (
     column,
     func,
     insert,
-    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from sqla_river.statements.words import MOMENT, NOW, array_of, job, notification, queue_payload
+from sqla_river.statements.words import MOMENT, NOW, array_of, job, literal, notification, queue_payload
 
 # Caller: store.transaction_now, once per transaction that enqueues for a given time.
 SELECT_NOW: Final = select(NOW)
@@ -90,5 +89,5 @@ INSERT_NUMBERED_JOBS: Final = _insert_given("id")
 
 # Caller: bulk.py, once per block whose ids are asked for. In order; a rollback leaves gaps.
 RESERVE_IDS: Final = select(
-    func.nextval(func.pg_get_serial_sequence(bindparam("p_table", type_=Text), literal_column("'id'")))
-).select_from(func.generate_series(literal_column("1"), bindparam("p_count", type_=Integer)))
+    func.nextval(func.pg_get_serial_sequence(bindparam("p_table", type_=Text), literal("'id'")))
+).select_from(func.generate_series(literal("1"), bindparam("p_count", type_=Integer)))

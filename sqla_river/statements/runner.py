@@ -1,8 +1,8 @@
 """The rows of runners and queues."""
 
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, literal_column, select, update
+from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from sqla_river.statements.words import (
@@ -15,12 +15,13 @@ from sqla_river.statements.words import (
     SUSPICIOUS,
     array_of,
     job,
+    literal,
     w,
 )
 from sqla_river.tables import river_leader, river_queue, river_runner, river_suspect
 
 _id: Final = bindparam("p_id", type_=Text)
-_mine: Final = func.starts_with(LAST_TOKEN, _id + literal_column("'/'"))
+_mine: Final = func.starts_with(LAST_TOKEN, _id + literal("'/'"))
 _values: Final = {
     "id": _id,
     "queues": array_of("p_queues", Text),
@@ -69,16 +70,16 @@ SELECT_FLEET: Final = select(
 )
 
 # Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index: river_job_running_idx.
-SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, LAST_TOKEN == func.any(array_of("p_tokens", Text)))
+SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, func.any(array_of("p_tokens", Text)) == LAST_TOKEN)
 
-_long: Final = (
-    select(literal_column("w.ctid"))
+_long: Final[Any] = (
+    select(literal("w.ctid"))
     .select_from(w)
     .where(
         w.c.state == RUNNING,
-        func.starts_with(literal_column("w.attempted_by[cardinality(w.attempted_by)]"), _id + literal_column("'/'")),
-        w.c.attempted_at < NOW - literal_column("interval '30 minutes'"),
-        select(literal_column("1")).select_from(river_leader).where(river_leader.c.expires_at > NOW).exists(),
+        func.starts_with(literal("w.attempted_by[cardinality(w.attempted_by)]"), _id + literal("'/'")),
+        w.c.attempted_at < NOW - literal("interval '30 minutes'"),
+        select(literal("1")).select_from(river_leader).where(river_leader.c.expires_at > NOW).exists(),
     )
     .order_by(w.c.id)
     .with_for_update(skip_locked=True, of=w)
@@ -88,6 +89,6 @@ _long: Final = (
 # hour: while a Go client leads, the time of long jobs is kept fresh. Index: river_job_running_idx. Locks: in id order, none waited for.
 REFRESH_LONG: Final = (
     update(job)
-    .where(CTID == func.any(func.array(_long.scalar_subquery())), STATE_TEXT == RUNNING)
+    .where(CTID.op("=")(func.any(func.array(_long.scalar_subquery()))), STATE_TEXT == RUNNING)
     .values(attempted_at=NOW)
 )

@@ -1,9 +1,10 @@
 """Which tables are there."""
 
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import BigInteger, Text, bindparam, func, literal_column, select
+from sqlalchemy import BigInteger, Text, bindparam, func, select
 
+from sqla_river.statements.words import literal
 from sqla_river.tables import river_migration
 
 # Caller: schema.py. Serialises whoever installs or upgrades, per database. A lock of the transaction: a killed one leaves nothing.
@@ -16,7 +17,7 @@ SELECT_CURRENT_SCHEMA: Final = select(func.current_schema())
 SELECT_IS_TABLE: Final = select(func.to_regclass(bindparam("p_name", type_=Text)).is_not(None))
 
 # Caller: schema.py. By to_jsonb, because River's table had no lines before its version 5.
-SELECT_VERSIONS: Final = select(
-    func.coalesce(literal_column("to_jsonb(river_migration)->>'line'"), literal_column("'main'")).label("line"),
+SELECT_VERSIONS: Final[Any] = select(
+    func.coalesce(literal("to_jsonb(river_migration)->>'line'"), literal("'main'")).label("line"),
     func.max(river_migration.c.version).label("version"),
-).group_by(literal_column("1"))
+).group_by(literal("1"))

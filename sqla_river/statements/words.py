@@ -5,6 +5,7 @@ from typing import Any, Final
 from sqlalchemy import (
     ARRAY,
     Boolean,
+    ColumnClause,
     ColumnElement,
     DateTime,
     MetaData,
@@ -25,9 +26,16 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from sqla_river.tables import river_job
 
+
+def literal(text: str) -> ColumnClause[Any]:
+    """A piece of SQL as it stands: a constant, or what Core has no word for."""
+    clause: ColumnClause[Any] = literal_column(text)
+    return clause
+
+
 KEPT_ERRORS: Final = 25
 KEPT_TOKENS: Final = 100
-SUSPICIOUS: Final = literal_column("2")
+SUSPICIOUS: Final[ColumnElement[Any]] = literal("2")
 """Deaths of its runner, from which on a job runs only alone."""
 
 NOW: Final = func.now()
@@ -35,25 +43,23 @@ MOMENT: Final = DateTime(timezone=True)
 
 job: Final = river_job
 w: Final = job.alias("w")
-CTID: Final[ColumnElement[Any]] = literal_column("river_job.ctid")
+CTID: Final[ColumnElement[Any]] = literal("river_job.ctid")
 
 # On `state` itself the planner may walk a partial index instead of the primary key or the ctids: 115 ms against 10 ms for 1,000 jobs.
 STATE_TEXT: Final = cast(job.c.state, Text)
-LAST_TOKEN: Final[ColumnElement[Any]] = literal_column("river_job.attempted_by[cardinality(river_job.attempted_by)]")
-STARTED_AT: Final[ColumnElement[Any]] = literal_column(
+LAST_TOKEN: Final[ColumnElement[Any]] = literal("river_job.attempted_by[cardinality(river_job.attempted_by)]")
+STARTED_AT: Final[ColumnElement[Any]] = literal(
     """to_char(river_job.attempted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 )
-_no_metadata: Final[ColumnElement[Any]] = literal_column("'{}'::jsonb")
-METADATA: Final = case(
-    (func.jsonb_typeof(job.c.metadata_) == literal_column("'object'"), job.c.metadata_), else_=_no_metadata
-)
+_no_metadata: Final[ColumnElement[Any]] = literal("'{}'::jsonb")
+METADATA: Final = case((func.jsonb_typeof(job.c.metadata_) == literal("'object'"), job.c.metadata_), else_=_no_metadata)
 """The metadata, if it is an object: somebody's array would swallow what is merged into it."""
-CANCEL_ASKED: Final[ColumnElement[Any]] = METADATA.op("?")(literal_column("'cancel_attempted_at'"))
+CANCEL_ASKED: Final[ColumnElement[Any]] = METADATA.op("?")(literal("'cancel_attempted_at'"))
 
 
 def state(name: str) -> ColumnElement[Any]:
     """A state as a literal: bound as $1, PostgreSQL takes a generic plan that cannot use a partial index (seen on 15.18)."""
-    return literal_column(f"'{name}'")
+    return literal(f"'{name}'")
 
 
 AVAILABLE: Final = state("available")
@@ -69,30 +75,28 @@ def array_of(name: str, item: Any) -> ColumnElement[Any]:
 def notification(topic: str, payload: ColumnElement[Any]) -> ColumnElement[Any]:
     """pg_notify on River's channel ``<schema>.<topic>``; a schema of None is the connection's current one."""
     schema = func.coalesce(bindparam("p_schema", type_=Text), func.current_schema())
-    return func.pg_notify(schema + literal_column(f"'.{topic}'"), payload)
+    return func.pg_notify(schema + literal(f"'.{topic}'"), payload)
 
 
 def queue_payload(queue: ColumnElement[Any]) -> ColumnElement[Any]:
     """River's payload of an insert: ``{"queue": "<name>"}``."""
-    return literal_column("""'{"queue": '""") + cast(func.to_json(queue), Text) + literal_column("'}'")
+    return literal("""'{"queue": '""") + cast(func.to_json(queue), Text) + literal("'}'")
 
 
 def appended(name: str, kept: int, item: ColumnElement[Any]) -> ColumnElement[Any]:
     """The array column *name* with *item* behind it, its last *kept* items; a nested array, which would raise, begins anew."""
     whole = job.c[name]
-    tail: ColumnElement[Any] = literal_column(
-        f"river_job.{name}[greatest(cardinality(river_job.{name}) - {kept - 2}, 1):]"
-    )
-    return case((func.array_ndims(whole) > literal_column("1"), array([item])), else_=func.array_append(tail, item))
+    tail: ColumnElement[Any] = literal(f"river_job.{name}[greatest(cardinality(river_job.{name}) - {kept - 2}, 1):]")
+    return case((func.array_ndims(whole) > literal("1"), array([item])), else_=func.array_append(tail, item))
 
 
 def fence(of: Any, token: ColumnElement[Any]) -> ColumnElement[bool]:
     """The job is running, and its last fetch is ours. `attempt` is no part of it: a snooze gives it back."""
-    last = literal_column(f"{of.name}.attempted_by[cardinality({of.name}.attempted_by)]")
+    last: ColumnElement[Any] = literal(f"{of.name}.attempted_by[cardinality({of.name}.attempted_by)]")
     return and_(cast(of.c.state, Text) == RUNNING, last == token)
 
 
-class in_bitmask(FunctionElement[bool]):  # noqa: N801 - reads as the function that it is
+class in_bitmask(FunctionElement[bool]):
     """River's function, in the schema of the tables; the predicate of the unique index names it, and so must whoever wants that index."""
 
     type = Boolean()
@@ -122,14 +126,14 @@ def would_take_key(of: Any) -> ColumnElement[bool]:
     """As available the row would take a unique key that it does not hold as what it is now."""
     return and_(
         of.c.unique_key.is_not(None),
-        func.get_bit(of.c.unique_states, literal_column("7")) == literal_column("1"),
+        func.get_bit(of.c.unique_states, literal("7")) == literal("1"),
         ~in_bitmask(of.c.unique_states, of.c.state),
     )
 
 
 def discarded_if(taken: ColumnElement[Any]) -> dict[str, Any]:
     """Values that make a job available, or discard it where its unique key is *taken*; without its mask, or it might not be discarded either."""
-    reason = literal_column("""'{"unique_key_conflict": "scheduler_discarded"}'::jsonb""")
+    reason: ColumnElement[Any] = literal("""'{"unique_key_conflict": "scheduler_discarded"}'::jsonb""")
     return {
         "state": cast(case((taken, state("discarded")), else_=AVAILABLE), job.c.state.type),
         "finalized_at": case((taken, NOW)),
