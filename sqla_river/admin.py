@@ -21,7 +21,9 @@ Filter = Select[Any] | ColumnElement[bool]
 
 @attrs.frozen
 class Changed:
-    """What a verb did to many jobs: how many it changed, and why it left the others: finished, running, gone or locked, by id."""
+    """What a verb did to many jobs: how many it changed, and why it left the others: finished, running, gone or
+    locked, by id.
+    """
 
     count: int
     left: Mapping[int, str] = attrs.field(factory=dict[int, str])
@@ -72,18 +74,9 @@ def _change_many(
 
 
 def _batches(connection: Connection, which: Filter, job_class: type[JobMixin]) -> Iterator[Sequence[int]]:
+    """The ids that *which* chooses now, joins, order and limit of its own included; it is asked once."""
     chosen = which if isinstance(which, Select) else select(job_class).where(which)
-    ids = (
-        chosen.with_only_columns(job_class.id, maintain_column_froms=True)
-        .order_by(None)
-        .order_by(job_class.id)
-        .limit(BATCH)
-    )
-    last = None
-    while True:
-        batch = connection.execute(ids if last is None else ids.where(job_class.id > last)).scalars().all()
-        if batch:
-            yield batch
-        if len(batch) < BATCH:
-            return
-        last = batch[-1]
+    found = connection.execute(chosen.with_only_columns(job_class.id, maintain_column_froms=True)).scalars()
+    ids = sorted(set(found))
+    for start in range(0, len(ids), BATCH):
+        yield ids[start : start + BATCH]

@@ -144,7 +144,7 @@ class CattrsCodec:
             if plan.recursive:
                 plain.check_depth(tree)
             raw = _dump(tree)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a class may do anything in its properties and hooks
             failure: Exception = EncodeError(*_told(error, self._plans.get(type(args)), encoding=True))
         else:
             if len(raw) <= self.max_bytes:
@@ -173,7 +173,7 @@ class CattrsCodec:
                 if plan.open or not _holds_long_number(raw):
                     raise
             return cast("A", plan.decode(_load(raw, exact=True)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a poison row must fail alone
             failure = DecodeError(*_told(error, self._plans.get(args_type)))
         raise failure
 
@@ -204,7 +204,7 @@ def _told(error: Exception, plan: Plan | None, *, encoding: bool = False) -> tup
             f"{error.none_for} | None"
         )
     steps = [_step(part) for part in parts]
-    if len(steps) > 20:
+    if len(steps) > 20:  # noqa: PLR2004
         steps[10:-10] = ["..."]
     return "$" + "".join(steps), message
 

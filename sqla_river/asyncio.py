@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
 
 from sqla_river import river, wait
@@ -64,7 +66,7 @@ async def wait_for(
     session: "AnyAsyncSession | AsyncEngine",
     job_id: int,
     *,
-    timeout: timedelta | None = None,
+    timeout: timedelta | None = None,  # noqa: ASYNC109 - the same face as the plain verb
 ) -> Job:
     """`River.wait_for`, awaited; the event loop goes on meanwhile."""
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -74,10 +76,14 @@ async def wait_for(
         if isinstance(session, AsyncEngine)
         else AsyncEngine(await awaited(wait.engine_of)(session, job_id, Job))
     )
-    with wait.Look(job_id, timeout) as look:
+    finished = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with wait.Look(job_id, timeout, partial(loop.call_soon_threadsafe, finished.set)) as look:
         while True:
             async with engine.connect() as connection:
                 job = await connection.run_sync(look.look, Job)
             if job is not None:
                 return job
-            await asyncio.sleep(look.pause())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(finished.wait(), look.pause())
+            finished.clear()

@@ -1,4 +1,5 @@
-"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3, else one INSERT of a JSON document.
+"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3, else one INSERT
+of a JSON document.
 
 COPY goes binary, in blocks that are packed before it opens: what is the same for many rows is packed once.
 """
@@ -36,7 +37,8 @@ def insert_rows(
         The ids in input order (empty unless *returning*), and the queues that runners should hear of.
 
     Raises:
-        sqlalchemy.exc.DBAPIError: as an INSERT would raise it; the transaction is then aborted, and rolled back in the usual way.
+        sqlalchemy.exc.DBAPIError: as an INSERT would raise it; the transaction is then aborted, and rolled back in the
+            usual way.
     """
     ids: list[int] = []
     if returning:
@@ -105,7 +107,8 @@ def _text_array(items: Sequence[str]) -> bytes:
 
 
 def _send(connection: Connection, statement: str, block: bytes) -> None:
-    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it."""
+    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it.
+    """
     fairy = connection.connection
     dialect = connection.dialect
     assert dialect.loaded_dbapi is not None

@@ -1,7 +1,7 @@
 """Complete: write results, in batches, under the fence.
 
-One thread per runner, on a connection of its own, overlapping the fetch. It flushes at once when idle and grows its batches under
-load (group commit): while one is being written, the next gathers.
+One thread per runner, on a connection of its own, overlapping the fetch. It flushes at once when idle and grows its
+batches under load (group commit): while one is being written, the next gathers.
 """
 
 import logging
@@ -32,12 +32,16 @@ NOTE_EVERY: Final = 1.0
 _FIRST_RETRY: Final = 0.05
 _LONGEST_RETRY: Final = 5.0
 _GIVE_UP: Final = 0.4
-"""After this pause, the fourth, an outcome that is refused is replaced by a plain failure: the job must not stay running."""
+"""After this pause, the fourth, an outcome that is refused is replaced by a plain failure: the job must not stay
+running.
+"""
 _JUST_COMPLETED: Final = completed()
 
 
 class Again(NamedTuple):
-    """Results whose rows somebody else has locked, or that PostgreSQL refused: tried again at *at*, in a batch of their own."""
+    """Results whose rows somebody else has locked, or that PostgreSQL refused: tried again at *at*, in a batch of
+    their own.
+    """
 
     at: float
     pause: float
@@ -115,7 +119,9 @@ class Completer:
         return max(min(waits, default=math.inf) - time.monotonic(), 0.0) if waits else 3_600.0
 
     def _note(self) -> None:
-        """Write what the jobs said of their progress. It is lost where the database is away: the next word of it comes soon enough."""
+        """Write what the jobs said of their progress. It is lost where the database is away: the next word of it comes
+        soon enough.
+        """
         self._noted_at = time.monotonic()
         noted: list[JobContext[Any]] = []
         while self._progress:
@@ -135,7 +141,7 @@ class Completer:
             try:
                 self.step()
                 self._retry(math.inf)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the database may be on its way back
                 log.warning("could not write %d results yet: %s", self.backlog, str(error).partition("\n")[0])
             if self.backlog:
                 time.sleep(max(0.0, min(_FIRST_RETRY, until() - time.monotonic())))
@@ -163,11 +169,14 @@ class Completer:
         """Write *results*; those whose rows somebody has locked are put aside for *pause* seconds.
 
         Raises:
-            Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing twice.
+            Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing
+                twice.
         """
         plain = [result for result in results if result.transition is _JUST_COMPLETED and result.settled is None]
         others = [result for result in results if result.transition is not _JUST_COMPLETED and result.settled is None]
-        written: list[tuple[Result, JobState]] = [(result, result.settled) for result in results if result.settled is not None]
+        written: list[tuple[Result, JobState]] = [
+            (result, result.settled) for result in results if result.settled is not None
+        ]
         for batch, write in ((plain, self._complete), (others, self._settle)):
             if batch:
                 written += self._write_batch(batch, write, pause)
@@ -205,7 +214,9 @@ class Completer:
         self._again.append(Again(time.monotonic() + pause, pause, [result]))
 
     def _look_after(self, missing: list[Result], pause: float) -> dict[int, JobState]:
-        """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no longer ours."""
+        """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no
+        longer ours.
+        """
         rows = self._own.execute(SELECT_HELD, {"p_ids": _ids(missing), "p_tokens": _tokens(missing)}).all()
         states = {row.id: JobState(row.state) for row in rows}
         held = [result for result in missing if states.get(result.job.id) == JobState.RUNNING]
@@ -222,7 +233,9 @@ class Completer:
         return dict.fromkeys(ids, JobState.COMPLETED)
 
     def _settle(self, batch: list[Result]) -> dict[int, JobState]:
-        rows = self._own.execute(SETTLE_JOBS, settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]))
+        rows = self._own.execute(
+            SETTLE_JOBS, settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]),
+        )
         states = {job_id: JobState(state) for job_id, state in rows}
         given_back = sorted({result.job.queue for result in batch if states.get(result.job.id) == JobState.AVAILABLE})
         if given_back:
@@ -257,8 +270,9 @@ _AWAY: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "F0", "XX"})
 
 
 def _away(error: Exception) -> bool:
-    """Whether the database is away or busy (connection, transaction state, rollback, resources, locks, operators, system), so that the
-    same statement may do later; anything else is about what was sent, or a trigger of the user's that refuses it.
+    """Whether the database is away or busy (connection, transaction state, rollback, resources, locks, operators,
+    system), so that the same statement may do later; anything else is about what was sent, or a trigger of the user's
+    that refuses it.
     """
     if isinstance(error, PoolTimeoutError | OSError):
         return True

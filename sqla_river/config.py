@@ -1,15 +1,16 @@
 """How args become rows: the settings of one `River`."""
 
 import threading
+from collections.abc import Callable, Sequence
 from types import MemberDescriptorType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import attrs
 
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, kind_of
-from sqla_river.errors import EncodeError, InvalidOptionError
-from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind
+from sqla_river.errors import ConfigError, EncodeError, InvalidOptionError
+from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind, shown
 from sqla_river.rows import InsertRow
 
 NotifyMode = Literal["transaction", "after_commit", "off"]
@@ -21,6 +22,24 @@ def _known_mode(_: object, __: object, value: object) -> None:
         raise InvalidOptionError("notify", f"notify must be one of {', '.join(NOTIFY_MODES)}, got {value!r}")
 
 
+class InsertMiddleware(Protocol):
+    """Around what is put in: ``insert(rows, call_next)`` returns what ``call_next(rows)`` returns, or raises.
+
+    It runs when ``Job(args)`` is made, or once for each block of many. Rows are frozen, `attrs.evolve` makes changed
+    ones: as many as there were, in their order.
+    """
+
+    def insert(
+        self, rows: Sequence[InsertRow], call_next: Callable[[Sequence[InsertRow]], Sequence[InsertRow]], /
+    ) -> Sequence[InsertRow]: ...
+
+
+def _around(
+    middleware: InsertMiddleware, next_: Callable[[Sequence[InsertRow]], Sequence[InsertRow]]
+) -> Callable[[Sequence[InsertRow]], Sequence[InsertRow]]:
+    return lambda rows: middleware.insert(rows, next_)
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """What a `River` was told. Two with equal values are equal, and interchangeable."""
@@ -28,10 +47,36 @@ class Settings:
     codec: Codec = DEFAULT_CODEC
     defaults: InsertOptions = NOTHING_SAID
     notify: NotifyMode = attrs.field(default="transaction", validator=_known_mode)
+    middleware: tuple[InsertMiddleware, ...] = attrs.field(default=(), converter=tuple)
     _by_class: WeakKeyDictionary[type, tuple[str, InsertOptions]] = attrs.field(
         factory=WeakKeyDictionary[type, tuple[str, InsertOptions]], init=False, eq=False, repr=False
     )
     _lock: Any = attrs.field(factory=threading.Lock, init=False, eq=False, repr=False)
+
+    def one(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
+        """The `row` of *args*, through the middleware."""
+        row = self.row(args, said)
+        return self.through([row])[0] if self.middleware else row
+
+    def through(self, rows: Sequence[InsertRow]) -> Sequence[InsertRow]:
+        """*rows* as the middleware, the first of it outermost, hands them on.
+
+        Raises:
+            ConfigError: it made more or fewer of them.
+        """
+
+        def innermost(rows: Sequence[InsertRow]) -> Sequence[InsertRow]:
+            return rows
+
+        next_: Callable[[Sequence[InsertRow]], Sequence[InsertRow]] = innermost
+        for middleware in reversed(self.middleware):
+            next_ = _around(middleware, next_)
+        passed: object = next_(rows)
+        if not isinstance(passed, Sequence) or len(cast("Sequence[object]", passed)) != len(rows):
+            raise ConfigError(
+                f"insert middleware must return the {len(rows)} rows that call_next gives, got {shown(passed)}"
+            )
+        return cast("Sequence[InsertRow]", passed)
 
     def row(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
         """Validate and encode *args* now: what happens to the object later does not matter.

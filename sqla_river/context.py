@@ -27,7 +27,8 @@ class Cancelled(threading.Event):
 
 
 class Metadata(MutableMapping[str, Any]):
-    """The job's metadata: reads what is stored, and keeps what is assigned; it is stored with the outcome, whatever that is.
+    """The job's metadata: reads what is stored, and keeps what is assigned; it is stored with the outcome, whatever
+    that is.
 
     A value is encoded when it is assigned: changing it afterwards changes nothing.
     """
@@ -141,7 +142,8 @@ class JobContext(Generic[A_co]):
         return self._metadata
 
     def output(self, value: Any) -> None:
-        """Record a result, at most 1 MiB of JSON, under River's metadata key ``output``; stored with the outcome, whatever that is.
+        """Record a result, at most 1 MiB of JSON, under River's metadata key ``output``; stored with the outcome,
+        whatever that is.
 
         Raises:
             InvalidOptionError: a value that is larger, or no JSON.
@@ -152,7 +154,8 @@ class JobContext(Generic[A_co]):
         self.metadata["output"] = value
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
-        """Show how far the job is, in its metadata under ``sqla_river:progress``, while it runs. Cheap: written at most once a second.
+        """Show how far the job is, in its metadata under ``sqla_river:progress``, while it runs. Cheap: written at
+        most once a second.
 
         Raises:
             InvalidOptionError: no JSON.
@@ -171,7 +174,9 @@ class JobContext(Generic[A_co]):
 
     @property
     def cancelled(self) -> Cancelled:
-        """Set when this attempt should end soon; a handler that runs long looks at it, or waits on it instead of sleeping."""
+        """Set when this attempt should end soon; a handler that runs long looks at it, or waits on it instead of
+        sleeping.
+        """
         # Made when first looked at: an Event costs more than all else that a short job needs.
         with _lock:
             if self._cancelled is None:
@@ -186,7 +191,9 @@ class JobContext(Generic[A_co]):
 
 
 def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
-    """Tell *job*'s handler to end soon; an async one gets CancelledError. The first reason stands, but the runner's stop comes on top of it."""
+    """Tell *job*'s handler to end soon; an async one gets CancelledError. The first reason stands, but the runner's
+    stop comes on top of it.
+    """
     with _lock:
         news = job._reason is None or (reason == "stop" and job._reason != "stop")
         if job._reason is None:

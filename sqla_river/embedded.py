@@ -1,8 +1,8 @@
 """A throwaway PostgreSQL server for demos, tests and fixtures; never for data that must last.
 
-The program asks; a small *keeper* process owns the temporary folder and is the parent of initdb and of the server. When
-it is told to end, or the program is gone, it stops what runs and removes the folder. So the end of a ``with`` block, an
-exception, Ctrl-C at any moment, SIGTERM and SIGKILL all take the same way out.
+The program asks; a small *keeper* process owns the temporary folder and is the parent of initdb and of the server.
+When it is told to end, or the program is gone, it stops what runs and removes the folder. So the end of a ``with``
+block, an exception, Ctrl-C at any moment, SIGTERM and SIGKILL all take the same way out.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ class EmbeddedPostgres:
             self._run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
             self._wait_until(lambda: not self._is_alive(), "initdb still runs")
             if self._ask(0) != 0:
-                raise self._failure("initdb failed")
+                raise self._failure("initdb failed")  # noqa: TRY301
             self.start_server()
         except BaseException:
             self.stop()
@@ -186,7 +186,7 @@ class EmbeddedPostgres:
         with contextlib.suppress(FileNotFoundError):
             lines = (self.data_directory / "postmaster.pid").read_text().splitlines()
         # Line 1 tells this server from a killed one; line 8 is the status that pg_ctl waits for.
-        return len(lines) >= 8 and lines[0] == str(self._pid) and lines[7].strip() == "ready"
+        return len(lines) >= 8 and lines[0] == str(self._pid) and lines[7].strip() == "ready"  # noqa: PLR2004
 
     def _wait_until(self, done: Callable[[], bool], lest: str) -> None:
         deadline = time.monotonic() + PATIENCE.total_seconds()
@@ -209,7 +209,7 @@ class EmbeddedPostgres:
                     keeper.stdin.write(json.dumps(what).encode() + b"\n")
                 answer, problem = json.loads(keeper.stdout.readline() or '[null, "its keeper process is gone"]')
             if problem is not None:
-                raise EmbeddedPostgresError(f"embedded PostgreSQL is lost: {problem}; stop() and start() anew")
+                raise EmbeddedPostgresError(f"embedded PostgreSQL is lost: {problem}; stop() and start() anew")  # noqa: TRY301
         except BaseException:  # an answer that nobody heard would be taken for the next one
             self.stop()
             raise
@@ -221,7 +221,7 @@ def _hire_keeper(account: dict[str, Any]) -> subprocess.Popen[bytes]:
     imports = "import contextlib, json, os, select, shutil, signal, subprocess, tempfile, time"
     source = ["from __future__ import annotations", imports, inspect.getsource(_keep), inspect.getsource(_clear)]
     call = f"_keep({_base_folder(account)!r}, {account!r})"
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603
         [sys.executable, "-I", "-S", "-c", "\n".join([*source, call])],
         bufsize=0,
         stdin=subprocess.PIPE,
@@ -266,14 +266,14 @@ def _keep(base: str, account: dict[str, Any]) -> None:
             assert program is not None
             program.send_signal(what)
             return program.poll()
-        program = subprocess.Popen(
+        program = subprocess.Popen(  # noqa: S603
             what, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **account
         )
         return program.pid
 
     folder = tempfile.mkdtemp(prefix="river-", dir=base)
     try:
-        with open(0, "rb", buffering=0) as asked, open(f"{folder}/log", "ab") as log:
+        with open(0, "rb", buffering=0) as asked, open(f"{folder}/log", "ab") as log:  # noqa: PTH123
             while line := hear():
                 try:
                     said = [answer(json.loads(line)), None]
@@ -293,7 +293,7 @@ def _clear(program: subprocess.Popen[Any] | None, folder: str) -> None:
                 program.wait(timeout=10)
     for _ in range(50):  # the children of a killed server may still write for a moment
         shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.exists(folder):
+        if not os.path.exists(folder):  # noqa: PTH110
             break
         time.sleep(0.1)
 
@@ -337,8 +337,8 @@ def _is_open(path: Path) -> bool:
 
 def _base_folder(account: dict[str, Any]) -> str:
     # macOS allows the path of a socket 103 bytes, Linux 107; our names below the base need 30 of them.
-    for base in (str(Path(tempfile.gettempdir()).resolve()), "/tmp"):
-        if len(os.fsencode(base)) <= 70 and (not account or _is_open(Path(base))):
+    for base in (str(Path(tempfile.gettempdir()).resolve()), "/tmp"):  # noqa: S108 - holds a folder of mode 0700
+        if len(os.fsencode(base)) <= 70 and (not account or _is_open(Path(base))):  # noqa: PLR2004
             return base
     raise EmbeddedPostgresError("the account that runs the server cannot enter /tmp; set TMPDIR to a short, open path")
 

@@ -116,7 +116,7 @@ class RunnerError(RiverError, RuntimeError):
     """A Runner used in a way that cannot work."""
 
 
-class TransactionOver(RiverError, RuntimeError):
+class TransactionOver(RiverError, RuntimeError):  # noqa: N818 - a state of affairs, as DESIGN names it
     """A transactional handler ended its transaction and went on."""
 
 

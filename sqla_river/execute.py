@@ -102,7 +102,7 @@ class Executor:
                 else:
                     self._start(worker, attempt)
                     attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
             if isinstance(error, self._scope.unknown):
                 attempt.settled = self._scope.resolve(row)
             self._failed(attempt, error)
@@ -121,7 +121,7 @@ class Executor:
                         attempt.settled = await unit.session.run_sync(unit.settle, transition)
                 else:
                     attempt.transition = self._wished(attempt, await self._call(worker, attempt))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
                 attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
             if self._asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
@@ -211,7 +211,9 @@ class Executor:
         return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
 
     def give_up(self, job: JobContext[Any], stack: str) -> Transition:
-        """The row change for a job whose handler ignores its timeout; *stack* says where it hangs. Asks no code of the user's."""
+        """The row change for a job whose handler ignores its timeout; *stack* says where it hangs. Asks no code of the
+        user's.
+        """
         row = job.row
         error = AttemptError(row.attempt, "TimeoutError: the handler ignored its timeout and was given up", failure.storable(stack, 8_000))
         if row.attempt >= row.max_attempts:
@@ -248,7 +250,7 @@ class Executor:
             if row.attempt >= row.max_attempts:
                 return states.discarded(said, metadata)
             return states.errored(said, wish, metadata)
-        except BaseException as second:
+        except BaseException as second:  # noqa: BLE001 - judging must not fail either
             return states.errored(failure.attempt_error(row.attempt, second), RIVER_POLICY.delay(row.attempt))
 
     def _asks(self, worker: Worker | None) -> bool:
@@ -275,7 +277,7 @@ class Executor:
             else:
                 delay = retry(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
-        except BaseException as second:
+        except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
             log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, failure.message_of(second))
             return RIVER_POLICY.delay(row.attempt)
 

@@ -32,7 +32,7 @@ def message_of(error: BaseException) -> str:
     name = type(error).__name__
     try:
         text = str(error)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - an error whose __str__ raises is still an error
         text = "<its text cannot be read>"
     return storable(f"{name}: {text}" if text else name, _MESSAGE)
 

@@ -32,17 +32,22 @@ from sqla_river.store import STATEMENT_TIMEOUT_SECONDS, OwnConnection
 LARGEST_FETCH: Final = 1_000
 """Rows of one fetch: 100 give 90 % of the rate of 1,000, and 5,000 give no more."""
 GATHER: Final = 0.001
-"""Seconds to wait for more slots to come free while fewer than half of them are: one row a fetch costs 28 times as much per job."""
+"""Seconds to wait for more slots to come free while fewer than half of them are: one row a fetch costs 28 times as
+much per job.
+"""
 SCHEDULE_EVERY: Final = 0.025
 """Seconds between two schedules, and between two looks at the next due time."""
 WASTEFUL: Final = 0.005
-"""Seconds that an unbounded look at the next due time may take before the next ones begin where it ended: a long transaction pins
-dead entries at the head of the index."""
+"""Seconds that an unbounded look at the next due time may take before the next ones begin where it ended: a long
+transaction pins dead entries at the head of the index.
+"""
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
 STAGGER: Final = 0.005
-"""Seconds by which each further runner of a fleet looks later at what is due: fifty of them need not all fire for one job."""
+"""Seconds by which each further runner of a fleet looks later at what is due: fifty of them need not all fire for one
+job.
+"""
 RUN_EMPTY_WITHIN: Final = 30.0
 """Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect."""
 ISOLATION: Final = "isolate"
@@ -144,7 +149,9 @@ class Fetcher:
             self._wake()
 
     def begin_alone(self, own: OwnConnection) -> bool:
-        """Let the slots run empty and run suspects alone, one by one; False if there is none for this runner. *own* is the caller's connection."""
+        """Let the slots run empty and run suspects alone, one by one; False if there is none for this runner. *own* is
+        the caller's connection.
+        """
         now = time.monotonic()
         asked = {"p_queues": list(self._slots), "p_kinds": self._kinds()}
         if self._alone or now < self._no_turn_before or not own.execute(COUNT_SUSPECTS, asked).scalar():
@@ -211,8 +218,8 @@ class Fetcher:
             "p_kinds": self._kinds(),
         }
         rows = self._execute_fetch(FETCH_UNSUSPECTED if self.suspects else FETCH_AVAILABLE, asked)
-        # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if nothing had just
-        # woken it: then a second look costs less than a job that waits for the poll.
+        # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if
+        # nothing had just woken it: then a second look costs less than a job that waits for the poll.
         self._hungry -= set(free) - {row.queue for row in rows} - set(woken)
         return len(rows)
 
@@ -231,7 +238,9 @@ class Fetcher:
         return rows
 
     def _step_alone(self) -> float:
-        """One look at the suspects' turn: the slots run empty, one after the other runs alone, and the slots fill again."""
+        """One look at the suspects' turn: the slots run empty, one after the other runs alone, and the slots fill
+        again.
+        """
         self._count_freed()
         now = time.monotonic()
         self._starved = True
@@ -260,7 +269,9 @@ class Fetcher:
         self._deliver(rows)
 
     def _recover(self) -> None:
-        """Take what a fetch locked whose reply was lost: it is running under our token, and nobody else will free it while we live."""
+        """Take what a fetch locked whose reply was lost: it is running under our token, and nobody else will free it
+        while we live.
+        """
         if not self._lost:
             return
         found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
@@ -310,7 +321,7 @@ class Fetcher:
     def _plan_poll(self, *, idle: bool) -> None:
         self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
         pause = self._poll * (self._idle if idle else 1)
-        self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)
+        self._poll_at = time.monotonic() + pause * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
 
     def _pause(self) -> float:
         now = time.monotonic()

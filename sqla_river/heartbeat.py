@@ -1,7 +1,9 @@
-"""The heartbeat: the row that says this runner lives, and the rows of its queues. A thread and a connection of its own.
+"""The heartbeat: the row that says this runner lives, and the rows of its queues. A thread and a connection of its
+own.
 
-A runner keeps its jobs for as long as its row is fresh: one lease. Whoever finds its own row older than that, less a margin, stops
-fetching; when the database answers again it renews the row first, and then reads which of its jobs are still its own.
+A runner keeps its jobs for as long as its row is fresh: one lease. Whoever finds its own row older than that, less a
+margin, stops fetching; when the database answers again it renews the row first, and then reads which of its jobs are
+still its own.
 """
 
 import math
@@ -20,7 +22,9 @@ TOUCH_QUEUES_EVERY: Final = 600.0
 
 
 class Fleet(NamedTuple):
-    """What a heartbeat learns: how many live runners come before this one, whether there are suspects, which of its jobs to cancel."""
+    """What a heartbeat learns: how many live runners come before this one, whether there are suspects, which of its
+    jobs to cancel.
+    """
 
     rank: int
     suspects: bool
@@ -82,8 +86,8 @@ class Heartbeat:
     def kept(self) -> datetime | None:
         """Until when, by the database's clock, this runner may take silent ones for dead; None if it may not.
 
-        It may once it has kept its own heartbeat for a whole lease, without a gap of more than two beats and without a jump of
-        the database's clock: after an outage everybody's heartbeat is old.
+        It may once it has kept its own heartbeat for a whole lease, without a gap of more than two beats and without a
+        jump of the database's clock: after an outage everybody's heartbeat is old.
         """
         now = time.monotonic()
         if self._beat_on is None or now - self._kept_since < self._lease or now - self._beat_at > 2 * self._every:

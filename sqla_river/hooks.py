@@ -41,7 +41,8 @@ KEPT_EVENTS: Final = 1_000
 
 
 class WorkMiddleware(Protocol):
-    """Around the handler: ``work(job, call_next)`` returns what ``call_next(job)`` returns, or something else, or raises.
+    """Around the handler: ``work(job, call_next)`` returns what ``call_next(job)`` returns, or something else, or
+    raises.
 
     Around an async handler ``call_next(job)`` gives an awaitable: hand it on, or be ``async`` and await it.
     """
@@ -70,7 +71,9 @@ class Event:
 
 
 class Subscription:
-    """Events as they come: iterate over it, or call `get`. At most 1,000 wait; what comes on top is dropped and counted."""
+    """Events as they come: iterate over it, or call `get`. At most 1,000 wait; what comes on top is dropped and
+    counted.
+    """
 
     def __init__(self, kinds: Iterable[EventKind], close: "Callable[[Subscription], None]") -> None:
         self.kinds = frozenset(kinds)

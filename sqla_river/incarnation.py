@@ -26,7 +26,6 @@ from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.rescue import Isolate, Rescue
 from sqla_river.duties.turns import Turns
 from sqla_river.execute import Executor, interrupt
-from sqla_river.failure import storable
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.hooks import ErrorHandler, Event, Events, WorkMiddleware
@@ -34,12 +33,11 @@ from sqla_river.listen import Listener
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.options import Retention
-from sqla_river.policy import RIVER_POLICY
 from sqla_river.river import River
 from sqla_river.rows import JobRow, Result
 from sqla_river.settle import Scope
 from sqla_river.slots import EventLoop, Threads, Watch
-from sqla_river.states import FINALIZED, AttemptError, JobState
+from sqla_river.states import FINALIZED, JobState
 from sqla_river.store import OwnConnection
 from sqla_river.wait import finished_here
 from sqla_river.workers import Retry, Workers
@@ -60,7 +58,8 @@ READY_TIMEOUT: Final = 10.0
 
 
 def new_runner_id() -> str:
-    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice."""
+    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice.
+    """
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
     return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
 
@@ -101,6 +100,7 @@ class Incarnation:
         self._changed = threading.Event()
         self._unfinished: dict[int, JobRow] = {}
         self._given_up: set[JobRow] = set()
+        self._claims = threading.Lock()
         self._most_given_up = sum(orders.queues.values())
         self._flush_by = math.inf
         schema = declared_schema(orders.river.job_class)
@@ -192,18 +192,24 @@ class Incarnation:
             self._threads.deliver(rows)
 
     def _finished(self, result: Result) -> None:
-        if self._given_up and result.job in self._given_up:
+        if not self._hand_on(result):
             self._given_up.discard(result.job)
             self.completer.stale += 1
             log.warning("job %d came to its end after it was given up; that changes nothing", result.job.id)
             return
-        # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
-        self.completer.put(result)
-        if self._unfinished.get(result.job.id) is result.job:
-            del self._unfinished[result.job.id]
         self._fetcher.freed(result.job.queue)
         if self.stopping:
             self._changed.set()
+
+    def _hand_on(self, result: Result) -> bool:
+        """Put *result* and let go of its job; False where that was done before, because it was given up."""
+        with self._claims:
+            if self._unfinished.get(result.job.id) is not result.job:
+                return False
+            # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
+            self.completer.put(result)
+            del self._unfinished[result.job.id]
+            return True
 
     def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
         for result, state in written:
@@ -239,7 +245,12 @@ class Incarnation:
             self._beating.wake()  # which reads whether somebody did ask
         elif action == "resume":
             self._fetcher.heard(None if queue in (None, "*") else queue)
-        if action in ("pause", "resume") and self.events.heard and queue is not None and (queue == "*" or queue in self._heart.slots):
+        if (
+            action in ("pause", "resume")
+            and self.events.heard
+            and queue is not None
+            and (queue == "*" or queue in self._heart.slots)
+        ):
             self.events.put(Event("queue_paused" if action == "pause" else "queue_resumed", queue))
 
     def _learnt(self, fleet: Fleet) -> None:
@@ -252,7 +263,9 @@ class Incarnation:
                 cancel_context(job, "cancel")
 
     def _lost(self, rows: Sequence[JobRow]) -> None:
-        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun are dropped."""
+        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
+        are dropped.
+        """
         log.warning(
             "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
         )
@@ -273,15 +286,13 @@ class Incarnation:
     def _stuck(self, job: JobContext[Any]) -> None:
         """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
         row = job.row
-        self._given_up.add(row)  # from here on its own result is stale; unless that has come already
-        if self._unfinished.get(row.id) is not row:
+        stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
+        self._given_up.add(row)
+        if not self._hand_on(Result(row, self.executor.give_up(job, stack))):
             self._given_up.discard(row)
             return
-        stack = self._threads.give_up(row) or self._event_loop.stack_of(row)
         log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
-        self.completer.put(Result(row, self.executor.give_up(job, stack)))
-        self.executor.running.pop(row.id, None)
-        self._unfinished.pop(row.id, None)
+        self._threads.replace(row)
         self._fetcher.freed(row.queue)
         if len(self._given_up) > self._most_given_up:
             log.error(
@@ -316,7 +327,9 @@ class Incarnation:
         log.info("runner %s works queues %s", self.id, queues)
 
     def _ready(self) -> bool:
-        """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on it."""
+        """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on
+        it.
+        """
         return self._heart.beaten and (self._listener is None or self._listener.ready.is_set())
 
     def hurry(self) -> None:
@@ -356,7 +369,9 @@ class Incarnation:
         log.info("runner %s has stopped", self.id)
 
     def _write_the_last(self, deadline: float) -> None:
-        """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is hurried."""
+        """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is
+        hurried.
+        """
         hurried = self._hurry
         self._flush_by = deadline
         self._completing.stop()
@@ -395,7 +410,8 @@ def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
 
 
 def _notice(payload: str) -> dict[str, Any]:
-    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint."""
+    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint.
+    """
     try:
         notice = json.loads(payload)
     except (ValueError, RecursionError):

@@ -40,7 +40,7 @@ def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]
     """See `River.enqueue`."""
     session = sync_session(session)
     check_bind(session, job_class)
-    row = job_class.__river__.row(args, said)
+    row = job_class.__river__.one(args, said)
     job = job_class(args, _row=row)
     if isinstance(session, Connection):
         _insert_now(session, job, row)
@@ -72,7 +72,8 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
     settings = job_class.__river__
     count = 0
     ids: list[int | None] = []
-    for block in _blocks(items, settings):
+    for encoded in _blocks(items, settings):
+        block = settings.through(encoded)
         connection = connect(session, job_class)
         schema = store.real_schema(connection, declared_schema(job_class))
         block_ids, queues = bulk.insert_rows(connection, schema, block, returning=returning)
@@ -106,7 +107,7 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
 def _pair(item: JobArgs | tuple[Any, ...]) -> tuple[JobArgs, InsertOptions]:
     if not isinstance(item, tuple):
         return item, NOTHING_SAID
-    args, said = item if len(item) == 2 else (item, NOTHING_SAID)
+    args, said = item if len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
     if not isinstance(said, InsertOptions):
         raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")
     return cast("JobArgs", args), said

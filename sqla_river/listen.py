@@ -1,4 +1,6 @@
-"""Wake-up, the receiving side: one connection per runner that LISTENs. A notification is a hint; state is always read again."""
+"""Wake-up, the receiving side: one connection per runner that LISTENs. A notification is a hint; state is always read
+again.
+"""
 
 import logging
 import selectors
@@ -23,10 +25,18 @@ PING: Final = 5.0
 class Listener:
     """A thread that hands every notification on River's channels of one schema to *heard*, and reconnects by itself.
 
-    *heard* is called with topic and payload; with topic None after each (re)connect, for whatever was said in between. It must not block.
+    *heard* is called with topic and payload; with topic None after each (re)connect, for whatever was said in between.
+    It must not block.
     """
 
-    def __init__(self, engine: Engine, declared_schema: str | None, name: str, topics: tuple[str, ...], heard: Callable[[str | None, str], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        declared_schema: str | None,
+        name: str,
+        topics: tuple[str, ...],
+        heard: Callable[[str | None, str], None],
+    ) -> None:
         self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
         self._topics = topics
         self._heard = heard
@@ -57,7 +67,7 @@ class Listener:
         while not self._stopping.is_set():
             try:
                 self._listen(backoff)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
                 self.ready.clear()
                 self._own.close()
                 self._stopping.wait(backoff.failed(error))

@@ -11,7 +11,9 @@ log: Final = logging.getLogger(__name__)
 
 
 class Backoff:
-    """How long to wait after an error: 50 ms doubling to 5 s, jittered. Says the first of a row, and then one line a second at most."""
+    """How long to wait after an error: 50 ms doubling to 5 s, jittered. Says the first of a row, and then one line a
+    second at most.
+    """
 
     _FIRST = 0.05
     _LONGEST = 5.0
@@ -25,12 +27,19 @@ class Backoff:
     def failed(self, error: BaseException) -> float:
         """Note *error*; seconds to wait before the next try."""
         self._failures += 1
-        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)
+        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
         now = time.monotonic()
         if now - self._said_at >= 1.0:
             self._said_at = now
             text = str(error).partition("\n")[0][:300]
-            self._log.warning("%s failed (%d in a row): %s: %s; tries again in %.2f s", self._name, self._failures, type(error).__name__, text, pause)
+            self._log.warning(
+                "%s failed (%d in a row): %s: %s; tries again in %.2f s",
+                self._name,
+                self._failures,
+                type(error).__name__,
+                text,
+                pause,
+            )
         return pause
 
     def worked(self) -> None:
@@ -43,8 +52,9 @@ class Backoff:
 class Loop:
     """A thread that repeats *step* until it is stopped.
 
-    *step* returns how many seconds to wait before the next, less if `wake` is called. An exception of any kind is logged and the
-    step tried again after a back-off, which `wake` does not shorten. *last* runs in the thread when the loop ends.
+    *step* returns how many seconds to wait before the next, less if `wake` is called. An exception of any kind is
+    logged and the step tried again after a back-off, which `wake` does not shorten. *last* runs in the thread when the
+    loop ends.
     """
 
     def __init__(self, name: str, step: Callable[[], float], last: Callable[[], None] | None = None) -> None:
@@ -88,7 +98,7 @@ class Loop:
         while not self._stopping.is_set():
             try:
                 pause = self._step()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - one bad step must not end the loop
                 self._stopping.wait(self._backoff.failed(error))
                 continue
             self._backoff.worked()

@@ -70,7 +70,7 @@ class JobMixin:
     else:
 
         @declared_attr.directive
-        def __table__(cls):
+        def __table__(cls):  # noqa: N805
             _check_order(cls)
             check_schema(cls.__river_schema__ or cls.metadata.schema)
             table = job_table(cls.metadata, cls.__river_schema__)
@@ -88,7 +88,7 @@ class JobMixin:
             return table
 
         @declared_attr.directive
-        def __tablename__(cls):
+        def __tablename__(cls):  # noqa: N805
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
     _expires: datetime | timedelta | None = None
@@ -103,7 +103,7 @@ class JobMixin:
             EncodeError: args that their own types, JSON or PostgreSQL refuse.
             InvalidOptionError: an option outside its rule.
         """
-        row = _row or self.__river__.row(args, said_in(options))
+        row = _row or self.__river__.one(args, said_in(options))
         # All plain columns, always: 1,000 jobs flush as one INSERT; with columns set here and there, as 1,000.
         self.kind = row.kind
         self.args = json.loads(row.args)

@@ -1,12 +1,9 @@
 """Wake-up, the sending side: a queue's name on River's channel, never data.
 
 Three modes. ``transaction``: one NOTIFY per transaction (or savepoint) and queue, inside it. ``after_commit``: the
-Engine's commit
-event marks the queue, and one side connection per process announces it once the transaction is over; commits that
-NOTIFY take
-turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16 clients made 390 commits/s
-with NOTIFY
-inside and 4,550 with it outside. ``off``: runners poll.
+Engine's commit event marks the queue, and one side connection per process announces it once the transaction is over;
+commits that NOTIFY take turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16
+clients made 390 commits/s with NOTIFY inside and 4,550 with it outside. ``off``: runners poll.
 """
 
 import logging
@@ -56,8 +53,7 @@ def announce(connection: Connection, schema: str | None, queues: Iterable[str], 
     """See that runners hear of *queues* when the transaction of *connection* commits, and only then.
 
     One round trip in mode ``transaction``, for queues that this transaction (or savepoint) has not named yet; none
-    otherwise.
-    Two-phase transactions are left to the poll: PostgreSQL refuses to PREPARE what has executed NOTIFY.
+    otherwise. Two-phase transactions are left to the poll: PostgreSQL refuses to PREPARE what has executed NOTIFY.
     """
     root = connection.get_transaction()
     if mode == "off" or root is None:

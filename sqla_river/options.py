@@ -37,9 +37,9 @@ def shown(value: object) -> str:
     """*value* for an error message: escaped, and no longer than 60 characters."""
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # noqa: BLE001 - an int too long for text, or a class of the user's
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
 
 
 def check_kind(kind: object) -> str:
@@ -248,8 +248,8 @@ class InsertOptions:
         max_attempts: 1 to 32767; the last failure discards.
         tags: up to any number of short words to find the job by.
         metadata: a JSON object kept beside the args, which handlers and operators may read and change.
-        scheduled_at: not before this time; an aware datetime, or a timedelta from the database's now().
-            A time that has come already inserts as available.
+        scheduled_at: not before this time; an aware datetime, or a timedelta from the database's now(). A time that
+            has come already inserts as available.
         expires: fetched later than that it is cancelled, not run; as `scheduled_at`, from the same now().
         pending: put it in as ``pending``: it waits until somebody moves it.
 

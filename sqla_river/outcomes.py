@@ -9,7 +9,7 @@ LONGEST_DELAY: Final = timedelta(days=36_500)
 """A hundred years: far beyond any use, and far below what a timestamp of PostgreSQL or Python can hold."""
 
 
-class Snooze(Exception):
+class Snooze(Exception):  # noqa: N818 - not an error: a wish
     """Run this job again after *delay*; the attempt is given back.
 
     Returned, the effects of a transactional handler commit with it; raised, they roll back.
@@ -28,7 +28,7 @@ class Snooze(Exception):
         self.delay = delay
 
 
-class Cancel(Exception):
+class Cancel(Exception):  # noqa: N818 - not an error: a wish
     """Never run this job again; *reason* is kept with its errors.
 
     Returned, the effects of a transactional handler commit with it; raised, they roll back.

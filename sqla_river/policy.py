@@ -44,7 +44,7 @@ def _bounded(base: float, exponent: float, factor: float, longest: timedelta, ji
         return timedelta(0)
     size = math.log(base) + exponent * math.log(factor) if factor > 0 else -math.inf
     seconds = cap if size >= math.log(max(cap, 1e-6)) else math.exp(size)
-    seconds *= 1 + random.uniform(-jitter, jitter)
+    seconds *= 1 + random.uniform(-jitter, jitter)  # noqa: S311 - not a secret
     return longest if seconds >= cap else timedelta(seconds=seconds)
 
 

@@ -1,5 +1,6 @@
 """`River`: the settings, and the verbs of a client."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, Unpack, cast, overload
 
@@ -8,7 +9,7 @@ from sqlalchemy import Engine
 from sqla_river import admin, insert, wait
 from sqla_river.admin import Changed, Filter
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
-from sqla_river.config import NotifyMode, Settings
+from sqla_river.config import InsertMiddleware, NotifyMode, Settings
 from sqla_river.errors import ConfigError
 from sqla_river.insert import Inserted, Items
 from sqla_river.models import Job, JobMixin
@@ -21,8 +22,7 @@ K = TypeVar("K", bound=JobMixin)
 
 class River(Generic[J]):
     """One way to put jobs in: a Job class with its settings. They are written onto the class, so that
-    ``session.add(Job(args))`` and
-    ``river.enqueue(session, args)`` are the same.
+    ``session.add(Job(args))`` and ``river.enqueue(session, args)`` are the same.
 
     Args:
         job_class: the mapping; the shipped `Job` unless said otherwise.
@@ -30,6 +30,7 @@ class River(Generic[J]):
         defaults: options that neither a call nor an args class says.
         notify: how runners hear of a job: ``"transaction"`` (a NOTIFY inside the transaction), ``"after_commit"``
             (from a side connection, once it is over: for many commits a second) or ``"off"`` (they poll).
+        middleware: around what is put in, the first outermost; see `InsertMiddleware`.
 
     Raises:
         ConfigError: the class has a River with other settings already.
@@ -37,11 +38,22 @@ class River(Generic[J]):
 
     @overload
     def __init__(
-        self: "River[Job]", *, codec: Codec = ..., defaults: InsertOptions = ..., notify: NotifyMode = ...
+        self: "River[Job]",
+        *,
+        codec: Codec = ...,
+        defaults: InsertOptions = ...,
+        notify: NotifyMode = ...,
+        middleware: Sequence[InsertMiddleware] = ...,
     ) -> None: ...
     @overload
     def __init__(
-        self, *, job_class: type[J], codec: Codec = ..., defaults: InsertOptions = ..., notify: NotifyMode = ...
+        self,
+        *,
+        job_class: type[J],
+        codec: Codec = ...,
+        defaults: InsertOptions = ...,
+        notify: NotifyMode = ...,
+        middleware: Sequence[InsertMiddleware] = ...,
     ) -> None: ...
     def __init__(
         self,
@@ -50,8 +62,9 @@ class River(Generic[J]):
         codec: Codec = DEFAULT_CODEC,
         defaults: InsertOptions = NOTHING_SAID,
         notify: NotifyMode = "transaction",
+        middleware: Sequence[InsertMiddleware] = (),
     ) -> None:
-        settings = Settings(codec=codec, defaults=defaults, notify=notify)
+        settings = Settings(codec=codec, defaults=defaults, notify=notify, middleware=middleware)
         written = vars(job_class).get("__river__")
         if written is None:
             job_class.__river__ = settings
@@ -83,16 +96,16 @@ class River(Generic[J]):
         """Put a job into the caller's unit of work: it commits or vanishes with the rows it belongs to.
 
         Given a Session the job is pending in it, exactly as ``session.add(Job(args))`` would leave it: no round trip
-        here, ``id``
-        is None until the flush. Given a Core Connection it is inserted at once. Never commits, and opens no savepoint.
+        here, ``id`` is None until the flush. Given a Core Connection it is inserted at once. Never commits, and opens
+        no savepoint.
 
         Times are the database's: a timedelta counts from now() of the transaction, which is its start.
 
         Args:
             session: Session, scoped_session or Connection; for AsyncSession there is ``sqla_river.asyncio``.
             args: an instance of an args class: attrs or dataclass, with a ``kind``. Encoded now.
-            options: queue, priority, max_attempts, tags, metadata, scheduled_at, pending: see `InsertOptions`.
-                What is left out or None, the args class and then this River decide.
+            options: queue, priority, max_attempts, tags, metadata, scheduled_at, pending: see `InsertOptions`. What is
+                left out or None, the args class and then this River decide.
 
         Raises:
             EncodeError: args that their declared types, JSON or PostgreSQL refuse.
@@ -127,10 +140,8 @@ class River(Generic[J]):
         caller's transaction.
 
         What does not run is cancelled at once. What runs is marked, and its handler told when this commits: within
-        milliseconds,
-        or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler that
-        completes all the
-        same stays completed (River's rule). A finished job is left as it is.
+        milliseconds, or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler
+        that completes all the same stays completed (River's rule). A finished job is left as it is.
 
         Returns:
             The Job as it stands now; for many, how many were changed, and why others were left.
@@ -146,8 +157,7 @@ class River(Generic[J]):
         """Wait until a job is completed, cancelled or discarded; the Job, detached, as it stands then.
 
         It looks on connections of its own, first after 20 ms, then in pauses that double up to 500 ms; at once where
-        this very
-        process finishes the job.
+        this very process finishes the job.
 
         Args:
             session: a Session or Connection, or the Engine.

@@ -50,7 +50,8 @@ def expiring(
 class InsertRow(NamedTuple):
     """One job on its way in: validated, encoded, and not yet in the database.
 
-    `args` is the JSON text of an object. `when` is None (at once), an aware time, or a delay from the database's now().
+    `args` is the JSON text of an object. `when` is None (at once), an aware time, or a delay from the database's
+    now().
     """
 
     kind: str

@@ -1,5 +1,6 @@
 """`Runner`: the face of a worker process."""
 
+import inspect
 import logging
 import os
 import signal
@@ -32,17 +33,17 @@ MAX_SLOTS: Final = 10_000
 class Runner:
     """Works jobs: fetches them, calls their handlers in threads, and writes what came of it.
 
-    Construction opens and starts nothing, so a module may hold one at import. Use it as ``with Runner(...) as runner:``, by
-    `start` and `stop`, or by `run`, which alone installs signal handlers. It opens connections of its own from *engine*; handlers
-    have the whole pool.
+    Construction opens and starts nothing, so a module may hold one at import. Use it as ``with Runner(...) as
+    runner:``, by `start` and `stop`, or by `run`, which alone installs signal handlers. It opens connections of its
+    own from *engine*; handlers have the whole pool.
 
     Args:
         engine: of PostgreSQL, on psycopg 3.
         workers: the handlers.
         queues: slots by queue: how many of its jobs run at once here.
         river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
-        sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class, options and
-            events; plain Sessions without it. An async_sessionmaker serves async handlers.
+        sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class,
+            options and events; plain Sessions without it. An async_sessionmaker serves async handlers.
         async_engine: for async transactional handlers, on the same database.
         timeout: for workers that have none of their own; None is no timeout.
         retry: for workers that have no policy of their own; River's, attempt^4 seconds, unless said otherwise.
@@ -127,11 +128,14 @@ class Runner:
 
     @property
     def duties(self) -> Mapping[str, timedelta | None]:
-        """How long ago each duty last succeeded, wherever it was done; None if it never did. Empty while the runner does not run."""
+        """How long ago each duty last succeeded, wherever it was done; None if it never did. Empty while the runner
+        does not run.
+        """
         return self._incarnation.turns.ages() if self._incarnation is not None else {}
 
     def subscribe(self, *kinds: EventKind) -> Subscription:
-        """Events of this runner's own jobs as they are committed, of all *kinds* unless some are named; close it when done.
+        """Events of this runner's own jobs as they are committed, of all *kinds* unless some are named; close it when
+        done.
 
         Raises:
             ConfigError: a kind that there is not.
@@ -142,7 +146,8 @@ class Runner:
         return self._orders.events.subscribe(kinds or EVENT_KINDS)
 
     def start(self) -> None:
-        """Start working. Returns once LISTEN is set and the runner's row is written, or after 10 s without a database: it goes on trying.
+        """Start working. Returns once LISTEN is set and the runner's row is written, or after 10 s without a database:
+        it goes on trying.
 
         Raises:
             RunnerError: it runs already, or was started by the process that this one was forked from.
@@ -161,6 +166,13 @@ class Runner:
     def _check_workers(self) -> None:
         """What can only be known once the handlers are registered."""
         transactional = [worker for worker in self.workers if worker.transactional]
+        plain = sorted(worker.kind for worker in self.workers if not worker.is_async)
+        awaited = [type(each).__name__ for each in self._orders.middleware if inspect.iscoroutinefunction(each.work)]
+        if plain and awaited:
+            raise ConfigError(
+                f"the work() of {', '.join(awaited)} is async, the handlers of {', '.join(plain)} are not: write a plain "
+                "work() that returns call_next(job), which serves both"
+            )
         if any(worker.is_async for worker in transactional) and self._orders.async_engine is None:
             kinds = ", ".join(sorted(worker.kind for worker in transactional if worker.is_async))
             raise ConfigError(f"the handlers of {kinds} are async and transactional: give the Runner an async_engine=")
@@ -183,9 +195,10 @@ class Runner:
     def stop(self, timeout: timedelta | None = None) -> None:
         """Stop: fetch no more, give back what has not begun, let running jobs finish, and write every result.
 
-        After *timeout* (``stop_timeout`` unless said) ``job.cancelled`` is set with reason ``stop``; 5 s later the handlers that
-        still run are left behind. Interrupted jobs get their attempt back and are available at once: nothing is left running.
-        Returns after at most *timeout* + 6 s, and raises nothing. Calling it again, from any thread, hurries it one step on.
+        After *timeout* (``stop_timeout`` unless said) ``job.cancelled`` is set with reason ``stop``; 5 s later the
+        handlers that still run are left behind. Interrupted jobs get their attempt back and are available at once:
+        nothing is left running. Returns after at most *timeout* + 6 s, and raises nothing. Calling it again, from any
+        thread, hurries it one step on.
         """
         incarnation = self._incarnation
         if incarnation is None or incarnation.pid != os.getpid():
@@ -197,7 +210,8 @@ class Runner:
                 self._incarnation = None
 
     def run(self) -> None:
-        """Work until SIGTERM or SIGINT, then stop; a second signal interrupts the running jobs, a third leaves them behind.
+        """Work until SIGTERM or SIGINT, then stop; a second signal interrupts the running jobs, a third leaves them
+        behind.
 
         Only in the main thread, where Python takes signals; everywhere else use `start` and `stop`.
 

@@ -18,8 +18,8 @@ def sync_session(session: Any) -> Session | Connection:
     """The Session or Connection behind *session*.
 
     Raises:
-        AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must
-            not look like a stored job.
+        AsyncSessionError: for anything of ``sqlalchemy.ext.asyncio``: a call that somebody forgot to await must not
+            look like a stored job.
         SessionError: for anything else.
     """
     if isinstance(session, Session | Connection):
@@ -60,7 +60,7 @@ def mark_changed(session: Session | Connection) -> None:
     """
     zope = sys.modules.get("zope.sqlalchemy")
     if zope is not None and isinstance(session, Session):
-        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
+        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE  # noqa: SLF001 - zope has no public word for it
         if session in joined:
             zope.mark_changed(session)
 

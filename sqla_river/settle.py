@@ -1,8 +1,9 @@
 """Transactional work: the handler's writes and the job's completion commit together, fenced.
 
-The handler's Session is bound to a connection whose transaction belongs to the runner. Its commit() flushes and commits nothing by
-itself; its rollback() ends the transaction, and with it the attempt. The completion is the last statement before COMMIT. Ending
-the transaction through the driver itself (a raw COMMIT) is out of reach, and not supported.
+The handler's Session is bound to a connection whose transaction belongs to the runner. Its commit() flushes and
+commits nothing by itself; its rollback() ends the transaction, and with it the attempt. The completion is the last
+statement before COMMIT. Ending the transaction through the driver itself (a raw COMMIT) is out of reach, and not
+supported.
 """
 
 import logging
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger(__name__)
 
 RESOLVE_FOR: Final = 10.0
-"""Seconds to ask what became of a COMMIT whose reply was lost; after that the fence sorts it out when a failure is written."""
+"""Seconds to ask what became of a COMMIT whose reply was lost; after that the fence sorts it out when a failure is
+written.
+"""
 _KEY: Final = "sqla_river.unit"
 _classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 _lock: Final = threading.Lock()
@@ -104,7 +107,8 @@ class Scope:
     Args:
         engine: the runner's; handlers have its pool.
         job_class: the mapping, for the schema, and to find the bind of a session.
-        sessions: the user's sessionmaker or scoped_session (async_sessionmaker for async handlers); None for plain Sessions.
+        sessions: the user's sessionmaker or scoped_session (async_sessionmaker for async handlers); None for plain
+            Sessions.
         async_engine: for async handlers.
         stopped: whether to give up waiting for a connection.
     """
@@ -192,9 +196,11 @@ class Scope:
             await connection.close()
 
     def resolve(self, row: JobRow) -> JobState | None:
-        """What became of *row* when the reply to its COMMIT was lost; None if it was not committed, or that cannot be had in 10 s.
+        """What became of *row* when the reply to its COMMIT was lost; None if it was not committed, or that cannot be
+        had in 10 s.
 
-        A server that is still committing holds the row's lock, and FOR UPDATE waits for it: a plain read would say running.
+        A server that is still committing holds the row's lock, and FOR UPDATE waits for it: a plain read would say
+        running.
         """
         until = time.monotonic() + RESOLVE_FOR
         while True:
@@ -206,7 +212,7 @@ class Scope:
                         connection, schema, SELECT_OUTCOME, {"p_id": row.id, "p_token": row.token}
                     ).scalar()
                 return None if state is None or state == JobState.RUNNING else JobState(state)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the database may be on its way back
                 if time.monotonic() > until or self._stopped():
                     return None
                 log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0])

@@ -8,8 +8,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterable
-from contextvars import copy_context
 from contextlib import suppress
+from contextvars import copy_context
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -72,16 +72,22 @@ class Threads:
         for row in rows:
             self._waiting.put(row)
 
-    def give_up(self, row: JobRow) -> str:
-        """Let another thread take the place of the one that is stuck in *row*; the stack of that one."""
-        with self._lock:
-            stuck = next((ident for ident, working in list(self._working.items()) if working is row), None)
-            if stuck is None:
-                return ""
-            self._surplus.add(stuck)
-            self._made -= 1
-        frame = sys._current_frames().get(stuck)  # the one way to say where a thread hangs
+    def stack_of(self, row: JobRow) -> str:
+        """Where the handler of *row* is; nothing if it is not known here."""
+        ident = self._thread_of(row)
+        frame = sys._current_frames().get(ident) if ident is not None else None  # the one way to say where a thread hangs
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
+
+    def replace(self, row: JobRow) -> None:
+        """Let another thread take the place of the one that is stuck in *row*."""
+        with self._lock:
+            stuck = self._thread_of(row)
+            if stuck is not None:
+                self._surplus.add(stuck)
+                self._made -= 1
+
+    def _thread_of(self, row: JobRow) -> int | None:
+        return next((ident for ident, working in list(self._working.items()) if working is row), None)
 
     def stop(self) -> None:
         """Let each thread end after what it is doing."""
@@ -94,11 +100,12 @@ class Threads:
         while (row := self._waiting.get()) is not None:
             working[ident] = row
             result = copy_context().run(self._execute, row)  # what a handler sets is gone with it
-            del working[ident]
             self._finished(result)
-            if self._surplus and ident in self._surplus:
-                self._surplus.discard(ident)
-                return
+            with self._lock:
+                del working[ident]
+                if ident in self._surplus:
+                    self._surplus.discard(ident)
+                    return
 
 
 class EventLoop:

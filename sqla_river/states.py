@@ -1,7 +1,7 @@
 """The states of a job, and the only row changes that a result may ask for.
 
-The table of events stands in one place, here; SQL adds only the fence (``statements.py``). Source of the rules: River's
-state machine, with the differences that the README lists under "Different from River".
+The table of events stands in one place, here; SQL adds only the fence (``statements.py``). Source of the rules:
+River's state machine, with the differences that the README lists under "Different from River".
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,7 @@ class Transition:
 
     `state` is where the job goes, unless somebody asked to cancel it while it ran: then every unfinished state becomes
     cancelled. `delay` counts from the database's now(); None leaves ``scheduled_at`` as it is. `metadata` is the JSON
-    text of
-    an object that is merged into the job's.
+    text of an object that is merged into the job's.
     """
 
     state: JobState

@@ -31,7 +31,8 @@ class Rows(Protocol):
 
 
 def real_schema(connection: Connection, declared: str | None) -> str | None:
-    """The schema that our tables stand in, on *connection*: the declared one, through the translate map that the user set, if any.
+    """The schema that our tables stand in, on *connection*: the declared one, through the translate map that the user
+    set, if any.
 
     Resolved here because SQLAlchemy's statement cache cannot tell one map with a None key from another map without it.
     """
@@ -40,7 +41,9 @@ def real_schema(connection: Connection, declared: str | None) -> str | None:
 
 
 def map_options(schema: str | None) -> dict[str, Any]:
-    """Execution options that place our schema-less tables in *schema*; with None an empty map, which switches the user's map off."""
+    """Execution options that place our schema-less tables in *schema*; with None an empty map, which switches the
+    user's map off.
+    """
     return {"schema_translate_map": {} if schema is None else {None: schema}}
 
 
@@ -62,11 +65,15 @@ def bound_locks(connection: Connection, seconds: float) -> None:
 def check_postgresql(dialect_name: str, driver: str) -> None:
     """Raise `WrongDatabaseError` unless the dialect is PostgreSQL's."""
     if dialect_name != "postgresql":
-        raise WrongDatabaseError(f"sqla_river needs postgresql+psycopg, this session is bound to '{dialect_name}+{driver}'")
+        raise WrongDatabaseError(
+            f"sqla_river needs postgresql+psycopg, this session is bound to '{dialect_name}+{driver}'",
+        )
 
 
 def transaction_now(connection: Connection) -> Any:
-    """The database's now(): the start of the transaction. One round trip, once per transaction; each time under AUTOCOMMIT."""
+    """The database's now(): the start of the transaction. One round trip, once per transaction; each time under
+    AUTOCOMMIT.
+    """
     root = connection.get_transaction()
     if root is None:
         connection.execute(select(1))  # SQLAlchemy begins with the first statement
@@ -103,9 +110,9 @@ def twin(engine: Engine) -> Engine:
 class OwnConnection:
     """One connection that a runner keeps, detached from the pool of *engine* (a `twin`).
 
-    Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error that may
-    have broken it, it is closed, and the next `get` opens a new one. Let alone, a detached Connection reconnects *from the pool*
-    and loses its autocommit: its writes would never commit.
+    Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error
+    that may have broken it, it is closed, and the next `get` opens a new one. Let alone, a detached Connection
+    reconnects *from the pool* and loses its autocommit: its writes would never commit.
     """
 
     def __init__(
@@ -169,6 +176,7 @@ class OwnConnection:
         if raw is not None:
             raw.close()
         if connection is not None:
-            # The driver's connection is closed already; this only makes SQLAlchemy forget it, without a last word to the server.
+            # The driver's connection is closed already; this only makes SQLAlchemy forget it, without a last word to
+            # the server.
             connection.invalidate()
             connection.close()

@@ -49,7 +49,7 @@ class StateMask(TypeDecorator[frozenset[JobState]]):
             return sys.modules["asyncpg"].BitString(mask)
         return mask
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> frozenset[JobState] | None:
+    def process_result_value(self, value: Any, dialect: Dialect) -> frozenset[JobState] | None:  # noqa: ARG002
         if value is None:
             return None
         return states_of(value if isinstance(value, str) else value.as_string().replace(" ", ""))

@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
@@ -20,7 +20,7 @@ J = TypeVar("J", bound=JobMixin)
 FIRST_LOOK: Final = 0.02
 LONGEST_PAUSE: Final = 0.5
 
-_waiting: dict[int, list[threading.Event]] = {}
+_waiting: dict[int, list[Callable[[], object]]] = {}
 _lock: Final = threading.Lock()
 
 
@@ -29,19 +29,22 @@ def finished_here(job_ids: Iterable[int]) -> None:
     if _waiting:
         with _lock:
             for job_id in job_ids:
-                for event in _waiting.get(job_id, ()):
-                    event.set()
+                for told in _waiting.get(job_id, ()):
+                    told()
 
 
 class Look:
-    """One look after another at a job, with growing pauses; for whoever waits, in a thread or on an event loop."""
+    """One look after another at a job, with growing pauses; for whoever waits, in a thread or on an event loop.
 
-    def __init__(self, job_id: int, timeout: timedelta | None) -> None:
+    *finished* is called, by any thread, when this process finishes the job.
+    """
+
+    def __init__(self, job_id: int, timeout: timedelta | None, finished: Callable[[], object]) -> None:
         self.job_id = job_id
         self._until = None if timeout is None else time.monotonic() + timeout.total_seconds()
         self._timeout = timeout
         self._pause = FIRST_LOOK
-        self.finished = threading.Event()
+        self._finished = finished
 
     def look(self, connection: Connection, job_class: type[J]) -> J | None:
         """The job if it is finished."""
@@ -63,14 +66,14 @@ class Look:
             pause = min(pause, left)
         return pause
 
-    def __enter__(self) -> "Look":
+    def __enter__(self) -> Self:
         with _lock:
-            _waiting.setdefault(self.job_id, []).append(self.finished)
+            _waiting.setdefault(self.job_id, []).append(self._finished)
         return self
 
     def __exit__(self, *_: object) -> None:
         with _lock:
-            others = [event for event in _waiting[self.job_id] if event is not self.finished]
+            others = [told for told in _waiting[self.job_id] if told is not self._finished]
             if others:
                 _waiting[self.job_id] = others
             else:
@@ -78,14 +81,13 @@ class Look:
 
 
 def engine_of(session: Any, job_id: int, job_class: type[JobMixin]) -> Engine:
-    """The engine to look on; raises at once for a job that the session has not committed, which nobody else could ever finish."""
+    """The engine to look on; raises at once for a job that the session has not committed, which nobody else could ever
+    finish.
+    """
     if isinstance(session, Engine):
         return session
     plain = sync_session(session)
-    if isinstance(plain, Session):
-        connection = plain.connection(bind_arguments={"mapper": job_class})
-    else:
-        connection = plain
+    connection = plain if isinstance(plain, Connection) else plain.connection(bind_arguments={"mapper": job_class})
     schema = store.real_schema(connection, declared_schema(job_class))
     if store.execute(connection, schema, SELECT_STATES, {"p_ids": [job_id]}).one_or_none() is not None:
         with connection.engine.connect() as other:
@@ -100,11 +102,12 @@ def wait_for(
 ) -> J:
     """See `River.wait_for`."""
     engine = engine_of(session, job_id, job_class)
-    with Look(job_id, timeout) as wait:
+    finished = threading.Event()
+    with Look(job_id, timeout, finished.set) as wait:
         while True:
             with engine.connect() as connection:
                 job = wait.look(connection, job_class)
             if job is not None:
                 return job
-            wait.finished.wait(wait.pause())
-            wait.finished.clear()
+            finished.wait(wait.pause())
+            finished.clear()

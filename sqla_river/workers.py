@@ -24,7 +24,7 @@ Retry = RetryPolicy | Callable[[JobContext[Any]], timedelta | Cancel]
 
 A = TypeVar("A", bound=JobArgs)
 R = TypeVar("R", bound=Outcome | Awaitable[Outcome])
-O = TypeVar("O", bound=Outcome)
+O = TypeVar("O", bound=Outcome)  # noqa: E741
 C = TypeVar("C", bound=Awaitable[Outcome])
 S = TypeVar("S", bound="Session")
 AS = TypeVar("AS", bound="AsyncSession")
@@ -106,26 +106,30 @@ class Workers:
         retry: Retry | None = None,
         kind_aliases: tuple[str, ...] = (),
     ) -> Any:
-        """Work jobs of *args*'s kind with the decorated function, plain (in a thread) or ``async`` (on the runner's event loop).
+        """Work jobs of *args*'s kind with the decorated function, plain (in a thread) or ``async`` (on the runner's
+        event loop).
 
         It returns nothing, or `Snooze`, or `Cancel`; an exception means that the attempt failed.
 
         Args:
             args: the args class; ``job.args`` is an instance of it.
-            transactional: hand the function a Session as well (an AsyncSession to an async one). What it writes there and the
-                job's completion commit together: exactly once. Its commit() only flushes, its rollback() fails the attempt.
-                A COMMIT through the driver itself is out of reach, and not supported.
-            timeout: from the start of the function; then ``job.cancelled`` is set, an async one gets CancelledError. None is the
-                runner's.
+            transactional: hand the function a Session as well (an AsyncSession to an async one). What it writes there
+                and the job's completion commit together: exactly once. Its commit() only flushes, its rollback() fails
+                the attempt. A COMMIT through the driver itself is out of reach, and not supported.
+            timeout: from the start of the function; then ``job.cancelled`` is set, an async one gets CancelledError.
+                None is the runner's.
             retry: when a failed attempt is tried again; None is the runner's policy.
             kind_aliases: other kinds that mean the same: a rename in the course of a rolling deploy.
 
         Raises:
-            RegistrationError: a kind that has a worker already, a function that cannot be called so, a timeout of zero or less.
+            RegistrationError: a kind that has a worker already, a function that cannot be called so, a timeout of zero
+                or less.
         """
         kind = check_kind(kind_of(args))
         if timeout is not None and timeout <= timedelta(0):
-            raise RegistrationError(f"timeout of kind {kind!r} must be more than zero, got {timeout}; leave it out for the runner's")
+            raise RegistrationError(
+                f"timeout of kind {kind!r} must be more than zero, got {timeout}; leave it out for the runner's",
+            )
 
         def register(handler: Callable[..., Any], /) -> Callable[..., Any]:
             _check_call(kind, handler, 2 if transactional else 1)
@@ -173,7 +177,7 @@ def _check_call(kind: str, handler: Callable[..., Any], given: int) -> None:
     try:
         inspect.signature(handler).bind(*range(given))
     except TypeError as error:
-        takes = "(job, session)" if given == 2 else "(job)"
+        takes = "(job, session)" if given == 2 else "(job)"  # noqa: PLR2004
         name = getattr(handler, "__qualname__", handler)
         raise RegistrationError(f"{name} works kind {kind!r} and must be callable as {takes}: {error}") from None
     except ValueError:

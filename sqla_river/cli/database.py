@@ -25,7 +25,7 @@ def parse_url(value: str) -> URL:
     scheme, colon, rest = value.partition("://")
     try:
         url = make_url(f"postgresql://{rest}" if scheme == "postgres" else f"{scheme}{colon}{rest}")
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, its text may quote the password
         raise click.BadParameter("not a database URL; write postgresql://user:password@host:5432/database") from None
     if url.get_backend_name() != "postgresql":
         raise click.BadParameter(f"sqla_river needs postgresql://..., got '{url.get_backend_name()}'")

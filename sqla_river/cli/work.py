@@ -37,7 +37,8 @@ def work(app: str, log_level: str) -> None:
     """Work jobs with a Runner of yours, until SIGTERM or Ctrl-C.
 
     The module is looked for in the current directory first. At the first signal the runner fetches no more and lets
-    running jobs finish, for as long as its stop_timeout says; a second one interrupts them, a third leaves them behind.
+    running jobs finish, for as long as its stop_timeout says; a second one interrupts them, a third leaves them
+    behind.
 
     Exit code 0 after such a stop, 1 for an error, 2 where -A names no Runner.
     """

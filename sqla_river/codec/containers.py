@@ -33,7 +33,7 @@ def _each(turn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     out: list[Any] = []
     try:
         for item in items:
-            out.append(turn(item))
+            out.append(turn(item))  # noqa: PERF401 - the length says where it stopped
     except Mismatch as error:
         error.parts.append(len(out))
         raise

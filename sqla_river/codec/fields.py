@@ -129,7 +129,7 @@ def _types(cls: type, fields: list[Field]) -> dict[str, Any]:
     """Resolve the annotations; one that nobody needs (a ClassVar under TYPE_CHECKING) may stay unresolved."""
     try:
         hints = typing.get_type_hints(cls)
-    except Exception:
+    except Exception:  # noqa: BLE001 - evaluating annotations can raise anything; field by field below says which one does
         hints = {}
     found: dict[str, Any] = {}
     for field in fields:
@@ -155,7 +155,7 @@ def _resolved(cls: type, field: Field) -> Any:
     probe.__annotations__ = {"it": field.type}
     try:
         return typing.get_type_hints(probe, globalns=names)["it"]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the same
         raise TypeError(
             f"the type of field {field.name!r} of {cls.__name__} cannot be resolved "
             f"({type(error).__name__}: {error}); import it at module level, not under TYPE_CHECKING or in a function"

@@ -54,7 +54,7 @@ def _plain_list(value: list[Any], room: int) -> list[Any]:
     items: list[Any] = []
     try:
         for item in value:
-            items.append(plain(item, room - 1))
+            items.append(plain(item, room - 1))  # noqa: PERF401 - the length says where it stopped
     except Mismatch as error:
         error.parts.append(len(items))
         raise

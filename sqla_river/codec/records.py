@@ -145,7 +145,7 @@ class _Compiler:
         try:
             structure = self.converter.get_structure_hook(kind)
             unstructure = self.converter.get_unstructure_hook(kind)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - cattrs asks the class all kinds of things
             raise Mismatch(
                 f"type {name} has no JSON form ({type_name(error)}); give CattrsCodec a converter with hooks for it"
             ) from None
@@ -163,7 +163,7 @@ class _Compiler:
         def decode(value: Any) -> Any:
             try:
                 return structure(value, kind)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - user code
                 raise Mismatch(
                     f"the structure hook of {name} refused it ({type_name(error)})", f": {shown(str(error))}"
                 ) from None
@@ -177,8 +177,8 @@ class _Compiler:
             return known
         shape = self.growing[key] = Shape(
             name,
-            lambda value: shape.encode(value),
-            lambda value: shape.decode(value),
+            lambda value: shape.encode(value),  # noqa: PLW0108 - the attribute changes below
+            lambda value: shape.decode(value),  # noqa: PLW0108
             frozenset({dict}) if python else frozenset(),
             python,
         )
@@ -204,7 +204,7 @@ class _Compiler:
             choose = create_default_dis_func(
                 self.converter, *list[Any](by_class), use_literals=not renames, overrides=renames
             )
-        except Exception:
+        except Exception:  # noqa: BLE001 - cattrs raises more than it documents when classes have no fields
             raise Mismatch(
                 f"{names} cannot be told apart in JSON; give each its own field without default, or a Literal field"
             ) from None
@@ -212,7 +212,7 @@ class _Compiler:
         def chosen(tree: dict[str, Any]) -> Shape | None:
             try:
                 return by_class.get(cast("type", choose(tree)))
-            except Exception:
+            except Exception:  # noqa: BLE001 - KeyError, TypeError, ValueError: it is none of them
                 return None
 
         def encode(value: object) -> Any:
@@ -375,5 +375,5 @@ def _validated(error: Exception) -> str:
 
 def _compiled(name: str, lines: list[str], names: dict[str, Any]) -> Callable[[Any], Any]:
     # A loop over the fields in place of generated source takes twice as long. Names come from the class, keys by repr.
-    exec("\n".join(lines), names)
+    exec("\n".join(lines), names)  # noqa: S102
     return cast("Callable[[Any], Any]", names[name])

@@ -38,7 +38,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 def shown(text: str) -> str:
     """*text* for an error message: one line, no control or direction characters, at most 60 of its characters."""
-    cut = text if len(text) <= 60 else f"{text[:57]}..."
+    cut = text if len(text) <= 60 else f"{text[:57]}..."  # noqa: PLR2004
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
@@ -52,7 +52,7 @@ def key_name(key: object) -> str:
         return key
     try:
         return shown(repr(key))
-    except Exception:
+    except Exception:  # noqa: BLE001 - an int of 5,000 digits, an object with a broken repr
         return type_name(key)
 
 
@@ -64,7 +64,7 @@ def is_dict(value: object) -> TypeGuard[dict[Any, Any]]:
     return isinstance(value, dict)
 
 
-class Mismatch(Exception):
+class Mismatch(Exception):  # noqa: N818 - args.py turns it into an error, with the path from the top
     """A value does not fit its type.
 
     Args:

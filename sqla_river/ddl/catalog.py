@@ -84,8 +84,9 @@ Ask = Callable[[str, Mapping[str, Any]], str | None]
 
 def look(ask: Ask, schema: str | None) -> Look:
     """What is there in *schema*; None is the search_path's first. Two round trips, one where nothing is there."""
-    said = json.loads(ask(CATALOG, {"p_schema": schema}) or "")
-    tables = said["tables"] or {}
+    said: dict[str, Any] = json.loads(ask(CATALOG, {"p_schema": schema}) or "")
+    tables: dict[str, dict[str, str]] = said["tables"] or {}
+    indexes: dict[str, tuple[str, str, bool]] = said["indexes"] or {}
     versions: dict[str, int] = {}
     if "line" in tables.get("river_migration", {}):
         versions = json.loads(ask(VERSION_ROWS.format(s=qualifier(said["schema"])), {}) or "{}")
@@ -98,7 +99,7 @@ def look(ask: Ask, schema: str | None) -> Look:
             table: {column: type_.rpartition(".")[2] for column, type_ in columns.items()}
             for table, columns in tables.items()
         },
-        {name: Index(*index) for name, index in (said["indexes"] or {}).items()},
+        {name: Index(*index) for name, index in indexes.items()},
         frozenset(said["functions"] or ()),
         tuple(said["labels"] or ()),
         versions,
@@ -113,7 +114,8 @@ def is_big(ask: Ask, found: Look) -> bool:
 
 
 _NOISE: Final = re.compile(
-    r"::\"?[\w ]+\"?(\.\"?\w+\"?)?(\[\])?|\{s\}|\"?\w+\"?\.(?=\w)|[\s()]|usingbtree", re.IGNORECASE
+    r"::\"?[\w ]+\"?(\.\"?\w+\"?)?(\[\])?|\{s\}|\"?\w+\"?\.(?=\w)|[\s()]|usingbtree",
+    re.IGNORECASE,
 )
 
 

@@ -19,9 +19,9 @@ class Rescue:
     """Jobs whose owner's lease has run out become available at once, whatever their kind and attempt.
 
     Args:
-        until: until when, by the database's clock, this runner may do it; None if it may not. It must have kept its own heartbeat
-            for a whole lease: after an outage of the database nobody may take everybody else for dead, and a statement that
-            arrives only after the outage must find nobody.
+        until: until when, by the database's clock, this runner may do it; None if it may not. It must have kept its
+            own heartbeat for a whole lease: after an outage of the database nobody may take everybody else for dead,
+            and a statement that arrives only after the outage must find nobody.
         rescued: told of what was freed: id, queue, kind, state, suspect.
     """
 
@@ -69,7 +69,9 @@ class Isolate:
     name = ISOLATION
     every = timedelta(seconds=5)
     turn = timedelta(seconds=130)
-    """For which no other runner takes its turn: 30 s to run empty, 30 s in which suspects begin, 60 s alone; the fetcher ends it sooner."""
+    """For which no other runner takes its turn: 30 s to run empty, 30 s in which suspects begin, 60 s alone; the
+    fetcher ends it sooner.
+    """
 
     def __init__(self, suspects: Callable[[], bool], begin: Callable[[OwnConnection], bool]) -> None:
         self.entitled = suspects

@@ -53,7 +53,8 @@ class Turns:
         self._done: dict[str, tuple[float, float] | None] = {}
 
     def ages(self) -> dict[str, timedelta | None]:
-        """How long ago each of this runner's duties last succeeded, wherever that was; None where it never did, as far as is known.
+        """How long ago each of this runner's duties last succeeded, wherever that was; None where it never did, as far
+        as is known.
 
         It grows while this loop stands still. A duty that nobody has to do (no suspects, nothing to prune) has no age.
         """
@@ -83,7 +84,7 @@ class Turns:
                     soonest = min(soonest, duty.every.total_seconds(), self._pause(name))
             elif due_in > 0:
                 soonest = min(soonest, due_in)
-        return 0.0 if self._unfinished else soonest + random.uniform(0, _JITTER) * min(soonest, 1.0)
+        return 0.0 if self._unfinished else soonest + random.uniform(0, _JITTER) * min(soonest, 1.0)  # noqa: S311
 
     def _claim(self, duty: Duty) -> bool:
         return self._own.execute(CLAIM_DUTY, {"p_name": duty.name, "p_every": duty.every}).first() is not None
@@ -95,7 +96,7 @@ class Turns:
             more = duty.do(self._own)
             if not more:
                 self._own.execute(FINISH_DUTY, {"p_name": duty.name})
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a failing duty stops no other
             self._failures[duty.name] = self._failures.get(duty.name, 0) + 1
             pause = self._pause(duty.name)
             log.warning(

@@ -40,8 +40,8 @@ def _cancel(skip_locked: bool) -> Any:
     return select(changed.c.id, changed.c.state, select(func.count(told.c.said)).scalar_subquery().label("told"))
 
 
-# Caller: admin.py. Index: river_job_pkey. Locks: in id order; waited for with one job, skipped with many. What does not run is cancelled at
-# once; what runs is marked, and its runner told on River's control channel.
+# Caller: admin.py. Index: river_job_pkey. Locks: in id order; waited for with one job, skipped with many. What does not
+# run is cancelled at once; what runs is marked, and its runner told on River's control channel.
 CANCEL_JOB: Final = _cancel(skip_locked=False)
 CANCEL_JOBS: Final = _cancel(skip_locked=True)
 

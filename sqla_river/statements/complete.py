@@ -55,8 +55,9 @@ _mine: Final[Any] = (
     .with_for_update(skip_locked=True, of=w)
 )
 
-# Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in id order, none waited
-# for: a row that somebody's open transaction holds is left out and tried again in a batch of its own.
+# Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in id
+# order, none waited for: a row that somebody's open transaction holds is left out and tried again in a batch of its
+# own.
 COMPLETE_JOBS: Final = (
     update(job)
     .where(CTID.op("=")(func.any(func.array(_mine.scalar_subquery()))), STATE_TEXT == RUNNING)
@@ -102,7 +103,8 @@ def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
 
     Source of the rules: River JobSetStateIfRunningMany.
     """
-    # A cancel asked while the job ran wins over everything but an end: however short the delay, the job never runs again.
+    # A cancel asked while the job ran wins over everything but an end: however short the delay, the job never runs
+    # again.
     unfinished = given["state"].in_([AVAILABLE, state("scheduled"), state("retryable")])
     to = case((and_(CANCEL_ASKED, unfinished), state("cancelled")), else_=given["state"])
     finalized = to.in_([state("cancelled"), state("completed"), state("discarded")])
@@ -144,12 +146,12 @@ _one: Final[dict[str, ColumnElement[Any]]] = {
 }
 _held: Final = and_(job.c.id == bindparam("p_id", type_=BigInteger), fence(job, bindparam("p_token", type_=Text)))
 
-# Caller: settle.py, as the last statement of a transactional job, on the handler's own connection. Index: river_job_pkey. Locks: one row,
-# waited for.
+# Caller: settle.py, as the last statement of a transactional job, on the handler's own connection. Index:
+# river_job_pkey. Locks: one row, waited for.
 SETTLE_JOB: Final = update(job).where(_held).values(**_settled(_one)).returning(cast(job.c.state, Text))
 
-# Caller: settle.py, when the reply to the COMMIT of a transactional job was lost. It waits for a server that is still committing: a plain read
-# would say running.
+# Caller: settle.py, when the reply to the COMMIT of a transactional job was lost. It waits for a server that is still
+# committing: a plain read would say running.
 SELECT_OUTCOME: Final = (
     select(STATE_TEXT)
     .where(job.c.id == bindparam("p_id", type_=BigInteger), bindparam("p_token", type_=Text) == LAST_TOKEN)
@@ -177,12 +179,12 @@ NOTE_PROGRESS: Final = (
     .values(
         metadata_=METADATA.op("||")(
             func.jsonb_build_object(literal("'sqla_river:progress'"), cast(_noting.c.note, JSONB))
-        )
+        ),
     )
 )
 
-# Caller: complete.py, for ids that did not come back. Running: locked by somebody. Another state under our token: written by an earlier try
-# whose reply was lost. Not found: stale.
+# Caller: complete.py, for ids that did not come back. Running: locked by somebody. Another state under our token:
+# written by an earlier try whose reply was lost. Not found: stale.
 SELECT_HELD: Final = (
     select(job.c.id, STATE_TEXT.label("state"))
     .select_from(_done.join(job, job.c.id == _done.c.id))

@@ -67,8 +67,8 @@ SELECT_DUTIES: Final = select(
     cast(extract("epoch", func.clock_timestamp() - river_duty.c.done_at), Double).label("done_ago"),
 )
 
-# Caller: duties. Whoever changes the row does the duty; nobody is elected, and two who do it at once do no harm. One that is due further
-# ahead than it can be was postponed before the database's clock was set back.
+# Caller: duties. Whoever changes the row does the duty; nobody is elected, and two who do it at once do no harm. One
+# that is due further ahead than it can be was postponed before the database's clock was set back.
 CLAIM_DUTY: Final = (
     update(river_duty)
     .where(
@@ -98,8 +98,8 @@ DEATHS_ALONE: Final[ColumnElement[Any]] = literal("3")
 _owner: Final = func.split_part(literal("w.attempted_by[cardinality(w.attempted_by)]"), literal("'/'"), literal("1"))
 _is_ours: Final = func.coalesce(_owner, literal("''")).op("~")(OUR_ID)
 
-# Caller: duties/rescue.py, before RESCUE_STUCK. An owner of our shape without a row (lost with a failover, or deleted by hand) gets one that
-# is fresh now, and the ordinary rule does the rest. Index: river_job_running_idx.
+# Caller: duties/rescue.py, before RESCUE_STUCK. An owner of our shape without a row (lost with a failover, or deleted
+# by hand) gets one that is fresh now, and the ordinary rule does the rest. Index: river_job_running_idx.
 INSERT_LOST_RUNNERS: Final = (
     pg_insert(river_runner)
     .from_select(
@@ -118,8 +118,8 @@ INSERT_LOST_RUNNERS: Final = (
     .on_conflict_do_nothing()
 )
 
-# Caller: duties/rescue.py, before RESCUE_STUCK. A heartbeat from the future was written before the database's clock was set back: without
-# this the runner, should it be dead, would live until then.
+# Caller: duties/rescue.py, before RESCUE_STUCK. A heartbeat from the future was written before the database's clock was
+# set back: without this the runner, should it be dead, would live until then.
 RESET_AHEAD: Final = (
     update(river_runner).where(river_runner.c.heartbeat_at > NOW + river_runner.c.lease).values(heartbeat_at=NOW)
 )
@@ -249,11 +249,12 @@ _told: Final = (
     .cte("told")
 )
 
-# Caller: duties/rescue.py, every 5 s by one runner of the fleet, again while it finds 1,000. Indexes: river_runner_pkey,
-# river_job_running_idx. Locks: the rows of dead runners, then jobs in id order; none waited for. The runner's row is locked, so an owner that
-# comes back while its jobs are being freed renews its row after that, and then reads that they are lost. One statement: state, owner and
-# lease hold for the very rows that change (a read followed by a write resurrects jobs that complete in between). A rescued attempt counts,
-# and is noted as an error in River's shape. `told` is selected, or PostgreSQL would never call it.
+# Caller: duties/rescue.py, every 5 s by one runner of the fleet, again while it finds 1,000. Indexes:
+# river_runner_pkey, river_job_running_idx. Locks: the rows of dead runners, then jobs in id order; none waited for. The
+# runner's row is locked, so an owner that comes back while its jobs are being freed renews its row after that, and then
+# reads that they are lost. One statement: state, owner and lease hold for the very rows that change (a read followed by
+# a write resurrects jobs that complete in between). A rescued attempt counts, and is noted as an error in River's
+# shape. `told` is selected, or PostgreSQL would never call it.
 RESCUE_STUCK: Final = select(
     _rescued.c.id,
     _rescued.c.queue,
@@ -271,7 +272,8 @@ _cleared: Final[Any] = (
     .with_for_update(skip_locked=True, of=_s)
 )
 
-# Caller: duties/rescue.py, after it. What has finished is no suspect any more. Index: river_job_pkey. Locks: none waited for.
+# Caller: duties/rescue.py, after it. What has finished is no suspect any more. Index: river_job_pkey. Locks: none
+# waited for.
 DELETE_CLEARED: Final = delete(river_suspect).where(
     literal("river_suspect.ctid") == func.any(func.array(_cleared.scalar_subquery()))
 )
@@ -301,8 +303,9 @@ def _prune(name: str) -> Delete:
     )
 
 
-# Caller: duties/prune.py, 1,000 rows at a time. Index: river_job_finalized_idx. Locks: the rows it deletes, none waited for. State and horizon
-# are tested again in the outer WHERE: a row that somebody retries between the read and the delete stays.
+# Caller: duties/prune.py, 1,000 rows at a time. Index: river_job_finalized_idx. Locks: the rows it deletes, none waited
+# for. State and horizon are tested again in the outer WHERE: a row that somebody retries between the read and the
+# delete stays.
 PRUNE_COMPLETED: Final = _prune("completed")
 PRUNE_CANCELLED: Final = _prune("cancelled")
 PRUNE_DISCARDED: Final = _prune("discarded")
@@ -315,8 +318,9 @@ _untouched: Final[Any] = (
     .with_for_update(skip_locked=True, of=_q)
 )
 
-# Caller: duties/prune.py. A queue that nobody touched for 24 h goes, as in River; one that is paused never does, or the pause were forgotten.
-# Locks: the rows it deletes, none waited for, for runners touch theirs in name order; the lock holds what was read.
+# Caller: duties/prune.py. A queue that nobody touched for 24 h goes, as in River; one that is paused never does, or the
+# pause were forgotten. Locks: the rows it deletes, none waited for, for runners touch theirs in name order; the lock
+# holds what was read.
 DELETE_UNTOUCHED_QUEUES: Final = delete(river_queue).where(
     literal("river_queue.ctid") == func.any(func.array(_untouched.scalar_subquery()))
 )

@@ -95,7 +95,9 @@ def _first_free(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
 
 
 def _take(ctids: ColumnElement[Any]) -> Any:
-    """Mark the available ones of *ctids* running under p_token. It decodes nothing and cannot overflow: a poison row fails later, alone."""
+    """Mark the available ones of *ctids* running under p_token. It decodes nothing and cannot overflow: a poison row
+    fails later, alone.
+    """
     return (
         update(job)
         .where(CTID.op("=")(ctids), STATE_TEXT == AVAILABLE)
@@ -109,9 +111,9 @@ def _take(ctids: ColumnElement[Any]) -> Any:
     )
 
 
-# Caller: fetch.py, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid Scan
-# outside (River's CTE joins by id: 1.5 to 1.7 times the cost). Locks: up to the sum of p_slots rows, none waited for. Fewer rows
-# than asked does not mean that a queue is empty: a row may change between snapshot and lock.
+# Caller: fetch.py, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid
+# Scan outside (River's CTE joins by id: 1.5 to 1.7 times the cost). Locks: up to the sum of p_slots rows, none waited
+# for. Fewer rows than asked does not mean that a queue is empty: a row may change between snapshot and lock.
 FETCH_AVAILABLE: Final = _take(_first_free())
 
 # The same while there are suspects: they run alone, not here.
@@ -142,11 +144,12 @@ _marked: Final = (
     .cte("marked")
 )
 
-# Caller: fetch.py, by the runner whose turn it is, once its slots are empty. The runner's row says which job ran alone, should it die.
-# Index: river_suspect_pkey, river_job_pkey. Locks: one row.
+# Caller: fetch.py, by the runner whose turn it is, once its slots are empty. The runner's row says which job ran alone,
+# should it die. Index: river_suspect_pkey, river_job_pkey. Locks: one row.
 FETCH_SUSPECT: Final = select(_taken).add_cte(_marked)
 
-# Caller: fetch.py, before it lets its slots run empty: whether there is one that it could take. Indexes as FETCH_SUSPECT.
+# Caller: fetch.py, before it lets its slots run empty: whether there is one that it could take. Indexes as
+# FETCH_SUSPECT.
 COUNT_SUSPECTS: Final = select(func.count()).select_from(_suspects.subquery())
 
 # Caller: fetch.py, when the job that ran alone has ended, or has shown for a minute that it kills nobody.
@@ -173,15 +176,17 @@ _conflicts: Final = (
     .cte("conflicts")
 )
 
-# Caller: fetch.py, when a fetch would put a unique key there twice: rows with masks that no River writes, which hold their key when they
-# run but not while they wait. Those whose key is taken, or that are not the first to want it, are discarded.
+# Caller: fetch.py, when a fetch would put a unique key there twice: rows with masks that no River writes, which hold
+# their key when they run but not while they wait. Those whose key is taken, or that are not the first to want it, are
+# discarded.
 DISCARD_CONFLICTS: Final = (
     update(job)
     .where(job.c.id == _conflicts.c.id, _conflicts.c.taken, STATE_TEXT == AVAILABLE)
     .values(**discarded_if(literal("true")))
 )
 
-# Caller: fetch.py, while the reply to a fetch is lost. Index: river_job_running_idx. No locks: the jobs are the runner's own.
+# Caller: fetch.py, while the reply to a fetch is lost. Index: river_job_running_idx. No locks: the jobs are the
+# runner's own.
 SELECT_LOST: Final = select(*WORK_COLUMNS, LAST_TOKEN).where(
-    job.c.state == RUNNING, func.any(array_of("p_tokens", Text)) == LAST_TOKEN
+    job.c.state == RUNNING, LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text))),
 )

@@ -67,8 +67,8 @@ def _insert_given(*ids: str) -> Insert:
     return insert(job).from_select(list(given), select(*given.values()).select_from(_given), include_defaults=False)
 
 
-# Caller: bulk.py, once per block, through the driver: COPY has no Core form. What follows args (and the id, where it was asked for);
-# a block with times has scheduled_at behind it. COPY returns no ids: RESERVE_IDS does.
+# Caller: bulk.py, once per block, through the driver: COPY has no Core form. What follows args (and the id, where it
+# was asked for); a block with times has scheduled_at behind it. COPY returns no ids: RESERVE_IDS does.
 COPY_COLUMNS: Final = tuple(
     each.name
     for each in (
@@ -82,7 +82,8 @@ COPY_COLUMNS: Final = tuple(
     )
 )
 
-# Caller: bulk.py, once per block, for other drivers. One JSON parameter instead of twelve arrays: 80 k rows/s against 36 k.
+# Caller: bulk.py, once per block, for other drivers. One JSON parameter instead of twelve arrays: 80 k rows/s against
+# 36 k.
 INSERT_JOBS: Final = _insert_given()
 # The same, under ids that RESERVE_IDS gave.
 INSERT_NUMBERED_JOBS: Final = _insert_given("id")

@@ -48,15 +48,16 @@ DELETE_RUNNER: Final = delete(river_runner).where(
 
 _names: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("name", Text)).render_derived(name="names")
 
-# Caller: heartbeat.py, at start and every 10 min: River's clients hide or delete a queue that nobody touched for 24 h. In name order.
+# Caller: heartbeat.py, at start and every 10 min: River's clients hide or delete a queue that nobody touched for 24 h.
+# In name order.
 UPSERT_QUEUES: Final = (
     pg_insert(river_queue)
     .from_select(["name"], select(_names.c.name).order_by(_names.c.name), include_defaults=False)
     .on_conflict_do_update(index_elements=["name"], set_={"updated_at": NOW})
 )
 
-# Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its running jobs
-# somebody asked to cancel (for runners that do not LISTEN). Index: river_job_running_idx.
+# Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its
+# running jobs somebody asked to cancel (for runners that do not LISTEN). Index: river_job_running_idx.
 SELECT_FLEET: Final = select(
     select(func.count())
     .select_from(river_runner)
@@ -69,8 +70,9 @@ SELECT_FLEET: Final = select(
     ),
 )
 
-# Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index: river_job_running_idx.
-SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, func.any(array_of("p_tokens", Text)) == LAST_TOKEN)
+# Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index:
+# river_job_running_idx.
+SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text))))
 
 _long: Final[Any] = (
     select(literal("w.ctid"))
@@ -85,8 +87,9 @@ _long: Final[Any] = (
     .with_for_update(skip_locked=True, of=w)
 )
 
-# Caller: heartbeat.py, every ten minutes. River's rescuer goes by attempted_at alone and would discard a kind that it does not know after an
-# hour: while a Go client leads, the time of long jobs is kept fresh. Index: river_job_running_idx. Locks: in id order, none waited for.
+# Caller: heartbeat.py, every ten minutes. River's rescuer goes by attempted_at alone and would discard a kind that it
+# does not know after an hour: while a Go client leads, the time of long jobs is kept fresh. Index:
+# river_job_running_idx. Locks: in id order, none waited for.
 REFRESH_LONG: Final = (
     update(job)
     .where(CTID.op("=")(func.any(func.array(_long.scalar_subquery()))), STATE_TEXT == RUNNING)

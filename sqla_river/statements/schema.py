@@ -7,7 +7,8 @@ from sqlalchemy import BigInteger, Text, bindparam, func, select
 from sqla_river.statements.words import literal
 from sqla_river.tables import river_migration
 
-# Caller: schema.py. Serialises whoever installs or upgrades, per database. A lock of the transaction: a killed one leaves nothing.
+# Caller: schema.py. Serialises whoever installs or upgrades, per database. A lock of the transaction: a killed one
+# leaves nothing.
 LOCK_SCHEMA: Final = select(func.pg_advisory_xact_lock(bindparam("p_key", type_=BigInteger)))
 
 # Caller: schema.py. Where an unqualified CREATE TABLE goes; a table further down the search_path is somebody else's.

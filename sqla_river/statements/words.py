@@ -45,7 +45,8 @@ job: Final = river_job
 w: Final = job.alias("w")
 CTID: Final[ColumnElement[Any]] = literal("river_job.ctid")
 
-# On `state` itself the planner may walk a partial index instead of the primary key or the ctids: 115 ms against 10 ms for 1,000 jobs.
+# On `state` itself the planner may walk a partial index instead of the primary key or the ctids: 115 ms against 10 ms
+# for 1,000 jobs.
 STATE_TEXT: Final = cast(job.c.state, Text)
 LAST_TOKEN: Final[ColumnElement[Any]] = literal("river_job.attempted_by[cardinality(river_job.attempted_by)]")
 STARTED_AT: Final[ColumnElement[Any]] = literal(
@@ -58,7 +59,9 @@ CANCEL_ASKED: Final[ColumnElement[Any]] = METADATA.op("?")(literal("'cancel_atte
 
 
 def state(name: str) -> ColumnElement[Any]:
-    """A state as a literal: bound as $1, PostgreSQL takes a generic plan that cannot use a partial index (seen on 15.18)."""
+    """A state as a literal: bound as $1, PostgreSQL takes a generic plan that cannot use a partial index (seen on
+    15.18).
+    """
     return literal(f"'{name}'")
 
 
@@ -84,7 +87,9 @@ def queue_payload(queue: ColumnElement[Any]) -> ColumnElement[Any]:
 
 
 def appended(name: str, kept: int, item: ColumnElement[Any]) -> ColumnElement[Any]:
-    """The array column *name* with *item* behind it, its last *kept* items; a nested array, which would raise, begins anew."""
+    """The array column *name* with *item* behind it, its last *kept* items; a nested array, which would raise, begins
+    anew.
+    """
     whole = job.c[name]
     tail: ColumnElement[Any] = literal(f"river_job.{name}[greatest(cardinality(river_job.{name}) - {kept - 2}, 1):]")
     return case((func.array_ndims(whole) > literal("1"), array([item])), else_=func.array_append(tail, item))
@@ -96,8 +101,10 @@ def fence(of: Any, token: ColumnElement[Any]) -> ColumnElement[bool]:
     return and_(cast(of.c.state, Text) == RUNNING, last == token)
 
 
-class in_bitmask(FunctionElement[bool]):
-    """River's function, in the schema of the tables; the predicate of the unique index names it, and so must whoever wants that index."""
+class in_bitmask(FunctionElement[bool]):  # noqa: N801 - reads as the function that it is
+    """River's function, in the schema of the tables; the predicate of the unique index names it, and so must whoever
+    wants that index.
+    """
 
     type = Boolean()
     inherit_cache = True
@@ -132,7 +139,9 @@ def would_take_key(of: Any) -> ColumnElement[bool]:
 
 
 def discarded_if(taken: ColumnElement[Any]) -> dict[str, Any]:
-    """Values that make a job available, or discard it where its unique key is *taken*; without its mask, or it might not be discarded either."""
+    """Values that make a job available, or discard it where its unique key is *taken*; without its mask, or it might
+    not be discarded either.
+    """
     reason: ColumnElement[Any] = literal("""'{"unique_key_conflict": "scheduler_discarded"}'::jsonb""")
     return {
         "state": cast(case((taken, state("discarded")), else_=AVAILABLE), job.c.state.type),
