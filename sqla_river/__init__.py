@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqla_river.runner import Runner
     from sqla_river.schema import create_all
     from sqla_river.states import JobState
+    from sqla_river.unique import Unique
     from sqla_river.workers import Workers
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "RiverError",
     "Runner",
     "Snooze",
+    "Unique",
     "Workers",
     "cancel",
     "create_all",
@@ -52,6 +54,7 @@ if not TYPE_CHECKING:
         "runner": ("Runner",),
         "schema": ("create_all",),
         "states": ("JobState",),
+        "unique": ("Unique",),
         "workers": ("Workers",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -6,7 +6,7 @@ COPY goes binary, in blocks that are packed before it opens: what is the same fo
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, cast
@@ -16,7 +16,8 @@ from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
 from sqla_river.rows import InsertRow, Place, expiring, place
-from sqla_river.statements import COPY_COLUMNS, INSERT_JOBS, INSERT_NUMBERED_JOBS, RESERVE_IDS
+from sqla_river.statements import COPY_COLUMNS, INSERT_JOBS, INSERT_NUMBERED_JOBS, INSERT_UNIQUE_JOBS, RESERVE_IDS
+from sqla_river.states import mask_of
 
 _HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack("!ii", 0, 0)
 _TRAILER: Final = struct.pack("!h", -1)
@@ -54,6 +55,36 @@ def insert_rows(
     return ids, queues
 
 
+def insert_unique(
+    connection: Connection, schema: str | None, rows: Sequence[InsertRow]
+) -> tuple[list[int | None], set[str]]:
+    """Insert a block of unique rows in one round trip; those whose key is held are left out.
+
+    Returns:
+        The ids in input order, None where left out, and the queues that runners should hear of.
+    """
+    now = partial(store.transaction_now, connection)
+    places = [place(row.when, row.pending, now) for row in rows]
+    keys = [
+        row.unique_at(placed.at or now()) for row, placed in zip(rows, places, strict=True) if row.unique_at is not None
+    ]
+    texts = [
+        _document(row, placed, now, unique_key=key.hex(), unique_states=mask_of(row.unique_states or frozenset()))
+        for row, placed, key in zip(rows, places, keys, strict=True)
+    ]
+    found = store.execute(connection, schema, INSERT_UNIQUE_JOBS, {"p_rows": f"[{','.join(texts)}]"})
+    new = {bytes(key): job_id for job_id, key in found}
+    queues = {row.queue for row, placed, key in zip(rows, places, keys, strict=True) if placed.told and key in new}
+    return [new.pop(key, None) for key in keys], queues
+
+
+def unique_key(connection: Connection, row: InsertRow) -> bytes:
+    """The key of a unique row, as the transaction of *connection* puts it in."""
+    now = partial(store.transaction_now, connection)
+    assert row.unique_at is not None
+    return row.unique_at(place(row.when, row.pending, now).at or now())
+
+
 def _copy(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], places: Sequence[Place], ids: Sequence[int]
 ) -> None:
@@ -65,7 +96,7 @@ def _copy(
     block = [_HEADER]
     add = block.append
     for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
-        kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires = row
+        kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires, *_ = row
         key = (kind, queue, priority, max_attempts, tags, placed) if not metadata and expires is None else None
         end = ends.get(key)
         if end is None:
@@ -107,8 +138,7 @@ def _text_array(items: Sequence[str]) -> bytes:
 
 
 def _send(connection: Connection, statement: str, block: bytes) -> None:
-    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it.
-    """
+    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it."""
     fairy = connection.connection
     dialect = connection.dialect
     assert dialect.loaded_dbapi is not None
@@ -136,19 +166,25 @@ def _insert(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], places: Sequence[Place], ids: Sequence[int]
 ) -> None:
     now = partial(store.transaction_now, connection)
-    texts: list[str] = []
-    for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
-        rest = {
-            "id": ids[number] if ids else None,
-            "kind": row.kind,
-            "queue": row.queue,
-            "priority": row.priority,
-            "max_attempts": row.max_attempts,
-            "tags": list(row.tags),
-            "metadata": expiring(row.metadata, row.expires, now),
-            "state": placed.state.value,
-            "scheduled_at": placed.at.isoformat() if placed.at is not None else None,
-        }
-        texts.append(f'{{"args":{row.args.decode()},{json.dumps(rest)[1:]}')
+    texts = [
+        _document(row, placed, now, id=ids[number] if ids else None)
+        for number, (row, placed) in enumerate(zip(rows, places, strict=True))
+    ]
     statement = INSERT_NUMBERED_JOBS if ids else INSERT_JOBS
     store.execute(connection, schema, statement, {"p_rows": f"[{','.join(texts)}]"})
+
+
+def _document(row: InsertRow, placed: Place, now: Callable[[], datetime], **more: object) -> str:
+    """The JSON object of one row, its args as they were encoded."""
+    rest = {
+        "kind": row.kind,
+        "queue": row.queue,
+        "priority": row.priority,
+        "max_attempts": row.max_attempts,
+        "tags": list(row.tags),
+        "metadata": expiring(row.metadata, row.expires, now),
+        "state": placed.state.value,
+        "scheduled_at": placed.at.isoformat() if placed.at is not None else None,
+        **more,
+    }
+    return f'{{"args":{row.args.decode()},{json.dumps(rest)[1:]}'

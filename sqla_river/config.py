@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MemberDescriptorType
 from typing import Any, Final, Literal, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import attrs
 
-from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, kind_of
+from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, kind_of, unique_fields
 from sqla_river.errors import ConfigError, EncodeError, InvalidOptionError
 from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind, shown
 from sqla_river.rows import InsertRow
@@ -47,7 +48,7 @@ class Settings:
     codec: Codec = DEFAULT_CODEC
     defaults: InsertOptions = NOTHING_SAID
     notify: NotifyMode = attrs.field(default="transaction", validator=_known_mode)
-    middleware: tuple[InsertMiddleware, ...] = attrs.field(default=(), converter=tuple)
+    middleware: tuple[InsertMiddleware, ...] = ()
     _by_class: WeakKeyDictionary[type, tuple[str, InsertOptions]] = attrs.field(
         factory=WeakKeyDictionary[type, tuple[str, InsertOptions]], init=False, eq=False, repr=False
     )
@@ -71,10 +72,10 @@ class Settings:
         next_: Callable[[Sequence[InsertRow]], Sequence[InsertRow]] = innermost
         for middleware in reversed(self.middleware):
             next_ = _around(middleware, next_)
-        passed: object = next_(rows)
-        if not isinstance(passed, Sequence) or len(cast("Sequence[object]", passed)) != len(rows):
+        passed: Any = next_(rows)
+        if not isinstance(passed, list | tuple) or len(cast("Sequence[InsertRow]", passed)) != len(rows):
             raise ConfigError(
-                f"insert middleware must return the {len(rows)} rows that call_next gives, got {shown(passed)}"
+                f"insert middleware must return the {len(rows)} rows that call_next gives, got {shown(cast('object', passed))}"
             )
         return cast("Sequence[InsertRow]", passed)
 
@@ -88,10 +89,12 @@ class Settings:
         kind, options = self._of_class(type(args), args)
         if said is not NOTHING_SAID:
             options = said.over(options)
+        encoded = self.codec.encode(args)
+        unique, queue = options.unique, cast("str", options.queue)  # RIVER_DEFAULTS says what nobody else did
         return InsertRow(
             kind,
-            self.codec.encode(args),
-            options.queue,  # type: ignore[arg-type]  # RIVER_DEFAULTS says all but scheduled_at
+            encoded,
+            queue,
             options.priority,  # type: ignore[arg-type]
             options.max_attempts,  # type: ignore[arg-type]
             options.tags,  # type: ignore[arg-type]
@@ -99,6 +102,8 @@ class Settings:
             options.scheduled_at,
             options.pending,  # type: ignore[arg-type]
             options.expires,
+            None if unique is None else partial(unique.key_of, kind, encoded, queue, marked=unique_fields(type(args))),
+            None if unique is None else unique.states,
         )
 
     def _of_class(self, args_type: type, args: JobArgs) -> tuple[str, InsertOptions]:

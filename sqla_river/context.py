@@ -42,7 +42,9 @@ class Metadata(MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key.startswith("river:"):
-            raise InvalidOptionError("metadata", f"metadata keys that start with 'river:' are River's own, got {key!r}; take another")
+            raise InvalidOptionError(
+                "metadata", f"metadata keys that start with 'river:' are River's own, got {key!r}; take another"
+            )
         check_json("metadata", key)
         self._changes[key] = json_text("metadata", value)
 
@@ -150,7 +152,10 @@ class JobContext(Generic[A_co]):
         """
         text = json_text("output", value)
         if len(text) > LONGEST_OUTPUT:
-            raise InvalidOptionError("output", f"output must be at most {LONGEST_OUTPUT} characters of JSON, got {len(text)}; store it elsewhere")
+            raise InvalidOptionError(
+                "output",
+                f"output must be at most {LONGEST_OUTPUT} characters of JSON, got {len(text)}; store it elsewhere",
+            )
         self.metadata["output"] = value
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:

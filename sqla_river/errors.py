@@ -7,6 +7,7 @@
     ├── ArgsError                     (ValueError)   args that JSON, PostgreSQL or their own types refuse
     │   ├── EncodeError                              ... when enqueueing
     │   └── DecodeError                              ... when a stored row no longer fits its class
+    ├── UniqueRaceError               (RuntimeError) a unique job could neither be put in nor found
     ├── UniqueNeedsEnqueueError       (TypeError)    Job(args) with unique options; the unit of work has no ON CONFLICT
     ├── SessionError                  (TypeError)    a verb was given something that is no session
     │   └── AsyncSessionError                        ... a plain verb an AsyncSession
@@ -62,6 +63,10 @@ class UniqueNeedsEnqueueError(RiverError, TypeError):
 
 class SessionError(RiverError, TypeError):
     """A verb was given something that is no session or connection, or not of its colour."""
+
+
+class UniqueRaceError(RiverError, RuntimeError):
+    """A unique job could neither be put in nor found, twice: its holder comes and goes."""
 
 
 class AsyncSessionError(SessionError):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import timedelta
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
 from sqla_river.args import Codec
@@ -139,7 +139,9 @@ class Executor:
             raise LookupError(f"kind {row.kind!r} has no worker here")
         attempt.worker = worker
         if row.expired:
-            attempt.transition = states.cancelled(AttemptError(row.attempt, "expired: it was fetched later than its expiry"))
+            attempt.transition = states.cancelled(
+                AttemptError(row.attempt, "expired: it was fetched later than its expiry")
+            )
         else:
             attempt.job = job = JobContext(row, self._codec.decode(worker.args_type, row.args))
             job.tell = self._progressed
@@ -215,7 +217,11 @@ class Executor:
         user's.
         """
         row = job.row
-        error = AttemptError(row.attempt, "TimeoutError: the handler ignored its timeout and was given up", failure.storable(stack, 8_000))
+        error = AttemptError(
+            row.attempt,
+            "TimeoutError: the handler ignored its timeout and was given up",
+            failure.storable(stack, 8_000),
+        )
         if row.attempt >= row.max_attempts:
             return states.discarded(error, staged_metadata(job))
         worker = self._workers.get(row.kind)
@@ -238,11 +244,18 @@ class Executor:
                 return states.interrupted(metadata)
             said = failure.attempt_error(row.attempt, error)
             if reason == "timeout" and isinstance(error, asyncio.CancelledError):
-                said = AttemptError(row.attempt, "TimeoutError: the handler was cancelled, it was over its timeout", said.trace)
+                said = AttemptError(
+                    row.attempt, "TimeoutError: the handler was cancelled, it was over its timeout", said.trace
+                )
             if reason == "cancel":
                 return states.cancelled(said, metadata)
             log.warning(
-                "job %d (%s) failed in attempt %d of %d: %s", row.id, row.kind, row.attempt, row.max_attempts, said.error
+                "job %d (%s) failed in attempt %d of %d: %s",
+                row.id,
+                row.kind,
+                row.attempt,
+                row.max_attempts,
+                said.error,
             )
             wish = self._ask(worker, row, job, error)
             if isinstance(wish, Cancel):
@@ -263,23 +276,30 @@ class Executor:
     ) -> timedelta | Cancel:
         """What the error handler and the retry policy make of *error*."""
         retry = (worker.retry if worker is not None else None) or self._retry
+        if job is not None:
+            job.error = error
+            answer = self._answer(job, error)
+            if isinstance(answer, Cancel):
+                return answer
         try:
-            if job is not None:
-                job.error = error
-                if self._on_error is not None:
-                    answer = self._on_error(job, error)
-                    if isinstance(answer, Cancel):
-                        return answer
-            if hasattr(retry, "delay"):
-                delay: timedelta | Cancel = retry.delay(row.attempt)
-            elif job is None:
-                return RIVER_POLICY.delay(row.attempt)  # args that do not decode: there is nothing to ask a callable about
-            else:
-                delay = retry(job)
+            policy: Any = getattr(retry, "delay", None)
+            if policy is None and job is None:
+                return RIVER_POLICY.delay(
+                    row.attempt
+                )  # args that do not decode: there is nothing to ask a callable about
+            asked: Any = retry
+            delay: Any = policy(row.attempt) if policy is not None else asked(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
         except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
             log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, failure.message_of(second))
             return RIVER_POLICY.delay(row.attempt)
+
+    def _answer(self, job: JobContext[Any], error: BaseException) -> object:
+        try:
+            return self._on_error(job, error) if self._on_error is not None else None
+        except BaseException as second:  # noqa: BLE001 - nor must the error handler
+            log.warning("the error handler failed for job %d: %s", job.id, failure.message_of(second))
+            return None
 
 
 class _Attempt:
@@ -315,7 +335,7 @@ class _Exit(NamedTuple):
 async def _awaited(call: Callable[..., Any], job: JobContext[Any], *session: Any) -> object:
     try:
         outcome = call(job, *session)
-        return await outcome if isinstance(outcome, Awaitable) else outcome
+        return await cast("Awaitable[object]", outcome) if isinstance(outcome, Awaitable) else outcome
     except (SystemExit, KeyboardInterrupt) as error:
         return _Exit(error)
 

@@ -58,8 +58,7 @@ READY_TIMEOUT: Final = 10.0
 
 
 def new_runner_id() -> str:
-    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice.
-    """
+    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
     return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
 
@@ -410,8 +409,7 @@ def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
 
 
 def _notice(payload: str) -> dict[str, Any]:
-    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint.
-    """
+    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint."""
     try:
         notice = json.loads(payload)
     except (ValueError, RecursionError):

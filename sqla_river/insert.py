@@ -1,23 +1,23 @@
 """Enqueue: jobs join the caller's unit of work. Nothing here commits, and nothing opens a savepoint."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import attrs
 from sqlalchemy import Connection
-from sqlalchemy.orm import make_transient_to_detached
+from sqlalchemy.orm import Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import set_committed_value
 
 from sqla_river import bulk, notify, store
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
-from sqla_river.errors import EncodeError, InvalidOptionError
+from sqla_river.errors import EncodeError, InvalidOptionError, UniqueRaceError
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
 from sqla_river.rows import InsertRow, expiring, place
-from sqla_river.session import check_bind, connect, mark_changed, sync_session
-from sqla_river.statements import INSERT_JOB
+from sqla_river.session import check_bind, connect, load, mark_changed, sync_session
+from sqla_river.statements import INSERT_JOB, SELECT_HOLDER
 from sqla_river.tables import river_job
 
 J = TypeVar("J", bound=JobMixin)
@@ -41,6 +41,8 @@ def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]
     session = sync_session(session)
     check_bind(session, job_class)
     row = job_class.__river__.one(args, said)
+    if row.unique_at is not None:
+        return _insert_unique(session, row, job_class)
     job = job_class(args, _row=row)
     if isinstance(session, Connection):
         _insert_now(session, job, row)
@@ -65,23 +67,66 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
         notify.announce(connection, schema, (row.queue,), job.__river__.notify)
 
 
+def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:
+    """At once: the job is new, or it is the one that holds the key. Both statements are tried twice, for the holder may finish in between."""
+    connection = connect(session, job_class)
+    schema = store.real_schema(connection, declared_schema(job_class))
+    for _ in range(2):
+        (new,), queues = bulk.insert_unique(connection, schema, [row])
+        if new is not None:
+            notify.announce(connection, schema, queues, job_class.__river__.notify)
+            mark_changed(session)
+            return load(session, new, job_class)
+        key = bulk.unique_key(connection, row)
+        holder = store.execute(connection, schema, SELECT_HOLDER, {"p_key": key}).scalar()
+        if holder is not None:
+            job = load(session, holder, job_class)
+            job.inserted = False
+            return job
+    raise UniqueRaceError(f"the holder of the unique key of this {row.kind!r} job comes and goes; enqueue it again")
+
+
 def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, returning: bool) -> Inserted:
     """See `River.enqueue_many`."""
     session = sync_session(session)
     check_bind(session, job_class)
     settings = job_class.__river__
-    count = 0
+    count = skipped = 0
     ids: list[int | None] = []
     for encoded in _blocks(items, settings):
         block = settings.through(encoded)
         connection = connect(session, job_class)
         schema = store.real_schema(connection, declared_schema(job_class))
-        block_ids, queues = bulk.insert_rows(connection, schema, block, returning=returning)
+        block_ids, queues, new = _insert_block(connection, schema, block, returning=returning)
         notify.announce(connection, schema, queues, settings.notify)
         mark_changed(session)
         ids.extend(block_ids)
-        count += len(block)
-    return Inserted(count, 0, ids if returning else None)
+        count += new
+        skipped += len(block) - new
+    return Inserted(count, skipped, ids if returning else None)
+
+
+def _insert_block(
+    connection: Connection, schema: str | None, block: Sequence[InsertRow], *, returning: bool
+) -> tuple[list[int | None], set[str], int]:
+    """Plain rows by COPY, unique ones by INSERT; the ids in the order of the block, the queues to announce, and how many were new."""
+    plain = [number for number, row in enumerate(block) if row.unique_at is None]
+    unique = [number for number, row in enumerate(block) if row.unique_at is not None]
+    ids: list[int | None] = [None] * len(block) if returning else []
+    queues: set[str] = set()
+    new = len(plain)
+    if plain:
+        found, queues = bulk.insert_rows(connection, schema, [block[number] for number in plain], returning=returning)
+        for number, found_id in zip(plain, found, strict=False):
+            ids[number] = found_id
+    if unique:
+        kept, more = bulk.insert_unique(connection, schema, [block[number] for number in unique])
+        queues |= more
+        new += sum(job_id is not None for job_id in kept)
+        if returning:
+            for number, job_id in zip(unique, kept, strict=True):
+                ids[number] = job_id
+    return ids, queues, new
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedCol
 from sqla_river import notify, store
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
-from sqla_river.errors import MappingError
+from sqla_river.errors import MappingError, UniqueNeedsEnqueueError
 from sqla_river.options import OptionWords, check_schema, check_when, said_in
 from sqla_river.rows import InsertRow, expiring, place
 from sqla_river.states import JobState
@@ -91,6 +91,8 @@ class JobMixin:
         def __tablename__(cls):  # noqa: N805
             return "river_job"  # Flask-SQLAlchemy would say "job"
 
+    inserted: bool = True
+    """False on what `enqueue` of a unique job returns where another one held the key already: that one."""
     _expires: datetime | timedelta | None = None
     _delay: tuple[timedelta, datetime] | None = None
     """The delay that was asked for, and the ``scheduled_at`` that it is taken to mean so far."""
@@ -104,6 +106,10 @@ class JobMixin:
             InvalidOptionError: an option outside its rule.
         """
         row = _row or self.__river__.one(args, said_in(options))
+        if _row is None and row.unique_at is not None:
+            raise UniqueNeedsEnqueueError(
+                f"kind {row.kind!r} is unique, and the unit of work has no ON CONFLICT; write enqueue(session, args) in place of Job(args)"
+            )
         # All plain columns, always: 1,000 jobs flush as one INSERT; with columns set here and there, as 1,000.
         self.kind = row.kind
         self.args = json.loads(row.args)

@@ -11,6 +11,7 @@ import attrs
 
 from sqla_river.errors import InvalidOptionError
 from sqla_river.outcomes import LONGEST_DELAY
+from sqla_river.unique import Unique
 
 DEFAULT_QUEUE: Final = "default"
 
@@ -218,6 +219,13 @@ def _expires(value: datetime | timedelta | None) -> datetime | timedelta | None:
     return None if value is None else check_when("expires", value)
 
 
+def _unique(value: Unique | None) -> Unique | None:
+    given: object = value
+    if given is not None and not isinstance(given, Unique):
+        raise InvalidOptionError("unique", f"unique must be Unique(...), got {shown(given)}")
+    return value
+
+
 def _pending(value: bool | None) -> bool | None:
     return None if value is None else _check_flag("pending", value)
 
@@ -233,6 +241,7 @@ class OptionWords(TypedDict, total=False):
     scheduled_at: datetime | timedelta | None
     pending: bool | None
     expires: datetime | timedelta | None
+    unique: Unique | None
 
 
 @attrs.frozen(kw_only=True)
@@ -251,6 +260,7 @@ class InsertOptions:
         scheduled_at: not before this time; an aware datetime, or a timedelta from the database's now(). A time that
             has come already inserts as available.
         expires: fetched later than that it is cancelled, not run; as `scheduled_at`, from the same now().
+        unique: put it in only if no other one holds its key; see `Unique`. Only for `enqueue` and `enqueue_many`.
         pending: put it in as ``pending``: it waits until somebody moves it.
 
     Raises:
@@ -264,6 +274,7 @@ class InsertOptions:
     metadata: Mapping[str, Any] | None = attrs.field(default=None, converter=_metadata)
     scheduled_at: datetime | timedelta | None = attrs.field(default=None, converter=_scheduled_at)
     expires: datetime | timedelta | None = attrs.field(default=None, converter=_expires)
+    unique: Unique | None = attrs.field(default=None, converter=_unique)
     pending: bool | None = attrs.field(default=None, converter=_pending)
 
     def over(self, other: "InsertOptions") -> "InsertOptions":

@@ -64,7 +64,7 @@ class River(Generic[J]):
         notify: NotifyMode = "transaction",
         middleware: Sequence[InsertMiddleware] = (),
     ) -> None:
-        settings = Settings(codec=codec, defaults=defaults, notify=notify, middleware=middleware)
+        settings = Settings(codec=codec, defaults=defaults, notify=notify, middleware=tuple(middleware))
         written = vars(job_class).get("__river__")
         if written is None:
             job_class.__river__ = settings

@@ -64,6 +64,9 @@ class InsertRow(NamedTuple):
     when: datetime | timedelta | None
     pending: bool
     expires: datetime | timedelta | None = None
+    unique_at: Callable[[datetime], bytes] | None = None
+    """For a unique job, its key when it is due at that time."""
+    unique_states: frozenset[JobState] | None = None
 
 
 class JobRow(NamedTuple):

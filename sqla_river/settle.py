@@ -74,10 +74,13 @@ class Unit:
         """
         if not self.root.is_active:
             raise TransactionOver(
-                "the handler ended the transaction of its job; raise an error to roll back, or use session.begin_nested() for a part"
+                "the handler ended the transaction of its job; raise an error to roll back, "
+                "or use session.begin_nested() for a part"
             )
         if not self.kept():
-            raise TransactionOver("the handler removed the session of its job from the scoped_session; leave that to the runner")
+            raise TransactionOver(
+                "the handler removed the session of its job from the scoped_session; leave that to the runner"
+            )
         session.commit()  # flushes, and runs the session's own events; the transaction is not its to commit
         given = {
             "p_id": self._row.id,
@@ -145,8 +148,8 @@ class Scope:
             return  # bound to nothing, or Flask's outside of an app: the handler's own session tells
         if bind.engine.pool is not engine.pool:
             raise ConfigError(
-                f"sessions= leads to {bind.engine.url!r} for {self._job_class.__name__}, the runner works on {engine.url!r}; "
-                "give both the same engine"
+                f"sessions= leads to {bind.engine.url!r} for {self._job_class.__name__}, the runner works on "
+                f"{engine.url!r}; give both the same engine"
             )
 
     @contextmanager
@@ -237,7 +240,9 @@ class Scope:
                     raise NeverBegunError from error
 
     def _unit(self, connection: Connection, row: JobRow) -> Unit:
-        if getattr(connection.connection, "autocommit", False):  # an engine of AUTOCOMMIT would store each write at once
+        if getattr(
+            connection.connection, "autocommit", False
+        ):  # an engine of AUTOCOMMIT would store each write at once
             connection.execution_options(isolation_level="READ COMMITTED")
         schema = store.real_schema(connection, declared_schema(self._job_class))
         return Unit(connection, connection.begin(), row, schema)
@@ -255,15 +260,18 @@ def _options(given: dict[str, Any], unit: Unit) -> dict[str, Any]:
 
 def _makers(sessions: Any) -> tuple[Any, Any, Any]:
     """The sessionmaker, the scoped_session and the async_sessionmaker that *sessions* is, as far as it is one."""
-    if sessions is None:
+    given: object = sessions  # whatever it is: what it makes is of no concern here
+    if given is None:
         return None, None, None
-    if isinstance(sessions, sessionmaker):
+    if isinstance(given, sessionmaker):
         return sessions, None, None
-    if isinstance(sessions, scoped_session):
+    if isinstance(given, scoped_session):
         return sessions.session_factory, sessions, None
-    if isinstance(sessions, _async_sessionmaker()):
+    if isinstance(given, _async_sessionmaker()):
         return None, None, sessions
-    raise ConfigError(f"sessions= takes a sessionmaker, a scoped_session or an async_sessionmaker, got {type(sessions).__name__}")
+    raise ConfigError(
+        f"sessions= takes a sessionmaker, a scoped_session or an async_sessionmaker, got {type(sessions).__name__}"
+    )
 
 
 def _async_sessionmaker() -> Any:
@@ -295,8 +303,8 @@ def _bind_of(base: type[Session]) -> Callable[..., Any]:
         bind = base.get_bind(self, *given, **options)
         if bind is not unit.connection and bind.engine.pool is not unit.connection.engine.pool:
             raise ForeignBindError(
-                f"this transactional job works on {unit.connection.engine.url!r}, and its handler reached for {bind.engine.url!r}, "
-                "which could not commit with it; open a session of your own for that"
+                f"this transactional job works on {unit.connection.engine.url!r}, and its handler reached for "
+                f"{bind.engine.url!r}, which could not commit with it; open a session of your own for that"
             )
         if not unit.root.is_active:
             raise TransactionOver(

@@ -75,7 +75,9 @@ class Threads:
     def stack_of(self, row: JobRow) -> str:
         """Where the handler of *row* is; nothing if it is not known here."""
         ident = self._thread_of(row)
-        frame = sys._current_frames().get(ident) if ident is not None else None  # the one way to say where a thread hangs
+        frame = (
+            sys._current_frames().get(ident) if ident is not None else None
+        )  # the one way to say where a thread hangs
         return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def replace(self, row: JobRow) -> None:

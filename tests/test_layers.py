@@ -11,7 +11,7 @@ PACKAGE = ROOT / "sqla_river"
 
 FLOORS: list[set[str]] = [
     {"errors", "states", "ddl", "loop"},  # 0 words and data; standard library only
-    {"outcomes", "failure", "policy", "rows", "codec"},  # 1 plain values and pure rules
+    {"outcomes", "failure", "policy", "rows", "codec", "unique"},  # 1 plain values and pure rules
     {"options", "tables"},  # 2 what is allowed; Table objects
     {"args", "context", "statements"},  # 3 encode and decode; what a handler sees; every statement
     {"config", "workers", "hooks", "store", "embedded"},  # 4 settings; registry; the door for statements

@@ -1,7 +1,7 @@
 """Every statement of the library, named.
 
-Each is built once over the schema-less tables and runs under a ``schema_translate_map`` (``store.py``). States are
-literals. Bind parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
+Each is built once over the schema-less tables and runs under a ``schema_translate_map`` (``store.py``). States are literals. Bind
+parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
 """
 
 from sqla_river.statements.admin import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES
@@ -45,8 +45,10 @@ from sqla_river.statements.insert import (
     INSERT_JOB,
     INSERT_JOBS,
     INSERT_NUMBERED_JOBS,
+    INSERT_UNIQUE_JOBS,
     NOTIFY_QUEUES,
     RESERVE_IDS,
+    SELECT_HOLDER,
     SELECT_NOW,
 )
 from sqla_river.statements.look import COUNT_STATES
@@ -83,6 +85,7 @@ __all__ = [
     "INSERT_JOBS",
     "INSERT_LOST_RUNNERS",
     "INSERT_NUMBERED_JOBS",
+    "INSERT_UNIQUE_JOBS",
     "LOCK_SCHEMA",
     "NOTE_PROGRESS",
     "NOTIFY_QUEUES",
@@ -99,6 +102,7 @@ __all__ = [
     "SELECT_DUTIES",
     "SELECT_FLEET",
     "SELECT_HELD",
+    "SELECT_HOLDER",
     "SELECT_IS_TABLE",
     "SELECT_LOST",
     "SELECT_NEXT_DUE",

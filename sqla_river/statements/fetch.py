@@ -188,5 +188,6 @@ DISCARD_CONFLICTS: Final = (
 # Caller: fetch.py, while the reply to a fetch is lost. Index: river_job_running_idx. No locks: the jobs are the
 # runner's own.
 SELECT_LOST: Final = select(*WORK_COLUMNS, LAST_TOKEN).where(
-    job.c.state == RUNNING, LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text))),
+    job.c.state == RUNNING,
+    LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text))),
 )

@@ -1,15 +1,18 @@
 """Putting jobs in, and saying so."""
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     ARRAY,
     JSON,
     BigInteger,
+    ColumnElement,
     Insert,
     Integer,
+    LargeBinary,
     SmallInteger,
     Text,
+    and_,
     bindparam,
     cast,
     column,
@@ -17,9 +20,20 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import BIT, JSONB
+from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from sqla_river.statements.words import MOMENT, NOW, array_of, job, literal, notification, queue_payload
+from sqla_river.statements.words import (
+    MOMENT,
+    NOW,
+    array_of,
+    holds_key,
+    in_bitmask,
+    job,
+    literal,
+    notification,
+    queue_payload,
+)
 
 # Caller: store.transaction_now, once per transaction that enqueues for a given time.
 SELECT_NOW: Final = select(NOW)
@@ -87,6 +101,68 @@ COPY_COLUMNS: Final = tuple(
 INSERT_JOBS: Final = _insert_given()
 # The same, under ids that RESERVE_IDS gave.
 INSERT_NUMBERED_JOBS: Final = _insert_given("id")
+
+_unique: Final = (
+    func.json_to_recordset(cast(bindparam("p_rows", type_=Text), JSON))
+    .table_valued(
+        column("kind", Text),
+        column("args", JSONB),
+        column("queue", Text),
+        column("priority", SmallInteger),
+        column("max_attempts", SmallInteger),
+        column("tags", ARRAY(Text)),
+        column("metadata", JSONB),
+        column("state", Text),
+        column("scheduled_at", MOMENT),
+        column("unique_key", Text),
+        column("unique_states", Text),
+    )
+    .render_derived(name="given", with_types=True)
+)
+_values: Final[dict[str, ColumnElement[Any]]] = {
+    "kind": _unique.c.kind,
+    "args": _unique.c.args,
+    "queue": _unique.c.queue,
+    "priority": _unique.c.priority,
+    "max_attempts": _unique.c.max_attempts,
+    "tags": _unique.c.tags,
+    "metadata_": _unique.c.metadata,
+    "state": cast(_unique.c.state, job.c.state.type),
+    "scheduled_at": func.coalesce(_unique.c.scheduled_at, NOW),
+    "unique_key": func.decode(_unique.c.unique_key, literal("'hex'")),
+    "unique_states": cast(_unique.c.unique_states, BIT(8)),
+}
+
+# Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. In the order of the keys, so that
+# two callers with the same keys cannot deadlock; it waits while another open transaction holds one of them. DO NOTHING leaves the row
+# that holds the key alone (River's DO UPDATE locks and rewrites it). The second of a key in one block is a duplicate too.
+INSERT_UNIQUE_JOBS: Final = (
+    pg_insert(job)
+    .from_select(
+        list(_values),
+        select(*_values.values()).select_from(_unique).order_by(_unique.c.unique_key),
+        include_defaults=False,
+    )
+    .on_conflict_do_nothing(
+        index_elements=[job.c.unique_key],
+        index_where=and_(
+            job.c.unique_key.is_not(None),
+            job.c.unique_states.is_not(None),
+            in_bitmask(job.c.unique_states, job.c.state),
+        ),
+    )
+    .returning(job.c.id, job.c.unique_key)
+)
+
+_holder: Final = job.alias("holder")
+
+# Caller: insert.py, when a unique job was a duplicate: of what. Index: river_job_unique_idx.
+SELECT_HOLDER: Final = (
+    select(_holder.c.id)
+    .where(holds_key(_holder, bindparam("p_key", type_=LargeBinary)))
+    .order_by(_holder.c.id.desc())
+    .limit(literal("1"))
+)
 
 # Caller: bulk.py, once per block whose ids are asked for. In order; a rollback leaves gaps.
 RESERVE_IDS: Final = select(

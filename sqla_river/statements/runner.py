@@ -72,7 +72,9 @@ SELECT_FLEET: Final = select(
 
 # Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index:
 # river_job_running_idx.
-SELECT_OWN: Final = select(job.c.id).where(job.c.state == RUNNING, LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text))))
+SELECT_OWN: Final = select(job.c.id).where(
+    job.c.state == RUNNING, LAST_TOKEN.op("=")(func.any(array_of("p_tokens", Text)))
+)
 
 _long: Final[Any] = (
     select(literal("w.ctid"))

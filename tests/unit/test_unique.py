@@ -1,0 +1,85 @@
+"""The unique key: River's own vectors, byte for byte, and the combinations that are refused."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from sqla_river.errors import InvalidOptionError
+from sqla_river.states import JobState, mask_of
+from sqla_river.unique import Unique, go_json
+from tests.river_vectors import VECTORS, unique_of
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
+def test_the_key_is_that_of_river(vector: dict[str, Any]) -> None:
+    unique, marked = unique_of(vector)
+    at = datetime.fromisoformat(vector["now"])
+
+    given = (vector["kind"], vector["encoded_args"].encode(), vector["queue"], at, marked)
+    assert unique.text_of(*given) == vector["prehash"]
+    assert unique.key_of(*given).hex() == vector["key_hex"]
+    assert int(mask_of(unique.states), 2) == vector["bitmask"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "1"),
+        (0.1, "0.1"),
+        (1e20, "100000000000000000000"),
+        (1e21, "1e+21"),
+        (1e-6, "0.000001"),
+        (1e-7, "1e-7"),
+        (-2.5e-9, "-2.5e-9"),
+        (5e-324, "5e-324"),
+        ('<a & "b">\u2028\t\x01\x7f', '"\\u003ca \\u0026 \\"b\\"\\u003e\\u2028\\t\\u0001\x7f"'),
+        ([True, None, {"b": 1, "a": []}], '[true,null,{"b":1,"a":[]}]'),
+    ],
+)
+def test_values_are_written_as_go_writes_them(value: object, text: str) -> None:
+    assert go_json(value) == text
+
+
+def test_the_order_of_keys_makes_no_difference_and_their_values_do() -> None:
+    unique = Unique(by_args=True)
+    at = datetime(2026, 3, 4, tzinfo=UTC)
+
+    assert unique.key_of("k", b'{"a":1,"b":2}', "q", at) == unique.key_of("k", b'{"b":2,"a":1}', "q", at)
+    assert unique.key_of("k", b'{"a":1}', "q", at) != unique.key_of("k", b'{"a":2}', "q", at)
+
+
+def test_a_period_ends_where_the_next_begins() -> None:
+    unique = Unique(by_period=timedelta(hours=1))
+    keys = [
+        unique.key_of("k", b"{}", "q", datetime(2026, 3, 4, hour, minute, tzinfo=UTC))
+        for hour, minute in ((5, 0), (5, 59), (6, 0))
+    ]
+
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"exclude_kind": True},
+        {"by_period": timedelta(milliseconds=999)},
+        {"by_args": "name"},
+        {"by_args": [1]},
+        {"by_state": [JobState.AVAILABLE]},
+        {"key": ""},
+        {"key": "payment-1", "by_queue": True},
+    ],
+    ids=str,
+)
+def test_wrong_combinations_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOptionError, match=re.compile("unique|by_", re.IGNORECASE)):
+        Unique(**options)
+
+
+def test_the_vectors_are_all_there() -> None:
+    assert len(VECTORS) == 13
+    assert json.dumps(VECTORS)
