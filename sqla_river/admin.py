@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
-from sqlalchemy import ColumnElement, Connection, Executable, Select, select
+from sqlalchemy import ColumnElement, Connection, Executable, Select, inspect, select
 from sqlalchemy.orm import Session
 
 from sqla_river import store
@@ -57,20 +57,22 @@ def _change_many(
     plain = sync_session(session)
     connection = connect(plain, job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
-    count = 0
+    all_changed: set[int] = set()
     left: dict[int, str] = {}
     for ids in _batches(connection, which, job_class):
         changed = {row.id for row in store.execute(connection, schema, statement, {"p_ids": ids, "p_schema": schema})}
-        count += len(changed)
+        all_changed |= changed
         missing = [job_id for job_id in ids if job_id not in changed]
         if missing:
             states = {row.id: row.state for row in store.execute(connection, schema, SELECT_STATES, {"p_ids": missing})}
             left |= {job_id: why(states[job_id]) if job_id in states else "gone" for job_id in missing}
-    if count:
+    if all_changed:
         mark_changed(plain)
-        if isinstance(plain, Session):
-            plain.expire_all()
-    return Changed(count, left)
+    if isinstance(plain, Session):
+        for known in plain.identity_map.values():
+            if isinstance(known, job_class) and inspect(known).identity[0] in all_changed:
+                plain.expire(known)
+    return Changed(len(all_changed), left)
 
 
 def _batches(connection: Connection, which: Filter, job_class: type[JobMixin]) -> Iterator[Sequence[int]]:

@@ -172,8 +172,9 @@ class Completer:
             Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing
                 twice.
         """
-        plain = [result for result in results if result.transition is _JUST_COMPLETED and result.settled is None]
-        others = [result for result in results if result.transition is not _JUST_COMPLETED and result.settled is None]
+        unsettled = sorted((result for result in results if result.settled is None), key=_id_of)
+        plain = [result for result in unsettled if result.transition is _JUST_COMPLETED]
+        others = [result for result in unsettled if result.transition is not _JUST_COMPLETED]
         written: list[tuple[Result, JobState]] = [
             (result, result.settled) for result in results if result.settled is not None
         ]
@@ -234,7 +235,8 @@ class Completer:
 
     def _settle(self, batch: list[Result]) -> dict[int, JobState]:
         rows = self._own.execute(
-            SETTLE_JOBS, settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]),
+            SETTLE_JOBS,
+            settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]),
         )
         states = {job_id: JobState(state) for job_id, state in rows}
         given_back = sorted({result.job.queue for result in batch if states.get(result.job.id) == JobState.AVAILABLE})
@@ -256,6 +258,10 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
         "p_metadata": [transition.metadata for transition in transitions],
         "p_snoozed": [int(transition.snoozed) for transition in transitions],
     }
+
+
+def _id_of(result: Result) -> int:
+    return result.job.id
 
 
 def _ids(results: Sequence[Result]) -> list[int]:

@@ -26,8 +26,8 @@ def _known_mode(_: object, __: object, value: object) -> None:
 class InsertMiddleware(Protocol):
     """Around what is put in: ``insert(rows, call_next)`` returns what ``call_next(rows)`` returns, or raises.
 
-    It runs when ``Job(args)`` is made, or once for each block of many. Rows are frozen, `attrs.evolve` makes changed
-    ones: as many as there were, in their order.
+    It runs when ``Job(args)`` is made, or once for each block of many. A row's ``_replace(...)`` makes a
+    changed one; there must be as many as there were, in their order.
     """
 
     def insert(

@@ -79,8 +79,15 @@ class Executor:
         self._progressed = progressed
         self._middleware = tuple(middleware)
         self._on_error = on_error
+        self._interrupted = False
         self.running: dict[int, JobContext[Any]] = {}
         """The jobs whose handler runs now, by id."""
+
+    def interrupt(self) -> None:
+        """Tell all handlers, and those that begin from now on, that the runner stops."""
+        self._interrupted = True
+        for job in list(self.running.values()):
+            cancel_context(job, "stop")
 
     def is_async(self, row: JobRow) -> bool:
         """Whether *row* belongs on the event loop."""
@@ -151,6 +158,8 @@ class Executor:
         """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
         job = attempt.job
         self.running[job.id] = job
+        if self._interrupted:
+            cancel_context(job, "stop")
         timeout = worker.timeout or self._timeout
         if timeout is not None:
             self._watch(job, timeout.total_seconds())
@@ -357,7 +366,3 @@ def _cancel_error(attempt: int, cancel: Cancel, trace: str = "") -> AttemptError
     return AttemptError(attempt, failure.storable(f"JobCancelError: {cancel.reason}", 2_000), trace)
 
 
-def interrupt(jobs: Sequence[JobContext[Any]]) -> None:
-    """Tell handlers that the runner stops."""
-    for job in jobs:
-        cancel_context(job, "stop")

@@ -227,12 +227,14 @@ class Fetcher:
         self._number += 1
         token = f"{self._runner_id}/{self._number}"
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
+        given = {**asked, "p_token": token}
         try:
-            rows = [JobRow._make((*row, token)) for row in self._own.execute(statement, {**asked, "p_token": token})]
+            fetched = self._own.execute(statement, given).all()
         except IntegrityError:
             # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
             self._own.execute(DISCARD_CONFLICTS)
-            rows = []
+            fetched = self._own.execute(statement, given).all()
+        rows = [JobRow._make((*row, token)) for row in fetched]
         del self._lost[token]
         self._take(rows)
         return rows

@@ -135,8 +135,9 @@ class Heartbeat:
             self._lost([row for row in unfinished if row.id not in own])
 
     def leave(self) -> None:
-        """Take the runner's row away, unless a running job still names it."""
+        """Take the runner's row away, if it was ever written, unless a running job still names it."""
         try:
-            self._own.execute(DELETE_RUNNER, {"p_id": self._runner_id})
+            if self.beaten:
+                self._own.execute(DELETE_RUNNER, {"p_id": self._runner_id})
         finally:
             self._own.close()

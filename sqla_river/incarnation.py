@@ -19,13 +19,15 @@ import attrs
 from sqlalchemy import Engine
 
 from sqla_river import states, store
+from sqla_river.check import require_schema
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
 from sqla_river.duties import turns
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.rescue import Isolate, Rescue
 from sqla_river.duties.turns import Turns
-from sqla_river.execute import Executor, interrupt
+from sqla_river.errors import SchemaError
+from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.hooks import ErrorHandler, Event, Events, WorkMiddleware
@@ -102,6 +104,8 @@ class Incarnation:
         self._claims = threading.Lock()
         self._most_given_up = sum(orders.queues.values())
         self._flush_by = math.inf
+        self._checked = False
+        self._refused: SchemaError | None = None
         schema = declared_schema(orders.river.job_class)
         slots = orders.queues
         engine = store.twin(orders.engine)
@@ -110,8 +114,8 @@ class Incarnation:
             return OwnConnection(engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off", **settings})
 
         fetch, heartbeat = own("fetch"), own("heartbeat")
-        # A plan made while the table was empty would hash the whole primary key for each batch, until the next ANALYZE.
-        complete = own("complete", enable_hashjoin="off", enable_mergejoin="off")
+        # A plan of SETTLE_JOBS that was made while the table was empty would walk all of it, until the next ANALYZE.
+        complete = own("complete", plan_cache_mode="force_custom_plan")
         duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
         self._watch = Watch(lambda: self._watching.wake(), self._stuck, lambda: self._event_loop.look())
         self.executor = Executor(
@@ -128,7 +132,12 @@ class Incarnation:
             on_error=orders.on_error,
         )
         self._threads = Threads(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
-        self._event_loop = EventLoop(self.executor.execute_async, self._finished, "sqla_river-loop")
+        self._event_loop = EventLoop(
+            self.executor.execute_async,
+            self._finished,
+            "sqla_river-loop",
+            orders.async_engine.dispose if orders.async_engine is not None else None,  # its connections are the loop's
+        )
         self.completer = Completer(
             complete,
             wake=lambda: self._completing.wake(),
@@ -151,6 +160,7 @@ class Incarnation:
             hears=lambda: self._listener is not None and self._listener.ready.is_set(),
             wake=lambda: self._fetching.wake(),
         )
+        self._own_heart, self._schema = heartbeat, schema
         self._heart = Heartbeat(
             heartbeat,
             self.id,
@@ -172,8 +182,10 @@ class Incarnation:
         )
         self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
         self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
-        self._beating = Loop("sqla_river-heartbeat", self._heart.step, self._heart.leave)
-        self._maintaining = Loop("sqla_river-duties", self.turns.step, duties.close)
+        self._beating = Loop("sqla_river-heartbeat", self._beat, self._heart.leave)
+        self._maintaining = Loop(
+            "sqla_river-duties", lambda: self.turns.step() if self._heart.beaten else 0.1, duties.close
+        )
         self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
 
     # ---- the arrows between the stations ----------------------------------------------------------------------------------
@@ -318,12 +330,29 @@ class Incarnation:
         if self._listener is not None:
             self._listener.start()
         until = time.monotonic() + READY_TIMEOUT
-        while not self._ready() and time.monotonic() < until and not self._hurry:
+        while not self._ready() and self._refused is None and time.monotonic() < until and not self._hurry:
             time.sleep(0.005)
+        if self._refused is not None:
+            self.stop(0.0)
+            raise self._refused
         self.started = True
         self._fetching.start()
         queues = ", ".join(f"{name}={size}" for name, size in self._heart.slots.items())
         log.info("runner %s works queues %s", self.id, queues)
+
+    def _beat(self) -> float:
+        """A heartbeat; before the first, whether the tables are there and as this library needs them."""
+        if not self._checked:
+            try:
+                require_schema(self._own_heart.get(), self._schema)
+            except SchemaError as error:
+                if self._refused is None:
+                    log.error("runner %s cannot work: %s", self.id, error)  # noqa: TRY400 - it says all there is to say
+                self._refused = error
+                return 1.0
+            self._checked = True
+            self._refused = None
+        return self._heart.step()
 
     def _ready(self) -> bool:
         """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on
@@ -347,7 +376,7 @@ class Incarnation:
             log.warning(
                 "%d jobs still run after %.1f s and are interrupted", len(self._unfinished), time.monotonic() - began
             )
-            interrupt(list(self.executor.running.values()))
+            self.executor.interrupt()
             if not self._finish_by(time.monotonic() + INTERRUPT_TIMEOUT, hurried=2):
                 left = list(self._unfinished.values())
                 log.error(
@@ -365,6 +394,7 @@ class Incarnation:
             self._listener.stop()
             self._listener.join(0.1)
         self._beating.join(0.1)
+        self._event_loop.join(0.2)
         log.info("runner %s has stopped", self.id)
 
     def _write_the_last(self, deadline: float) -> None:

@@ -11,14 +11,14 @@ log: Final = logging.getLogger(__name__)
 
 
 class Backoff:
-    """How long to wait after an error: 50 ms doubling to 5 s, jittered. Says the first of a row, and then one line a
+    """How long to wait after an error: 50 ms doubling to *longest*, jittered. Says the first of a row, and then one line a
     second at most.
     """
 
     _FIRST = 0.05
-    _LONGEST = 5.0
 
-    def __init__(self, logger: logging.Logger, name: str) -> None:
+    def __init__(self, logger: logging.Logger, name: str, longest: float = 5.0) -> None:
+        self._longest = longest
         self._log = logger
         self._name = name
         self._failures = 0
@@ -27,7 +27,7 @@ class Backoff:
     def failed(self, error: BaseException) -> float:
         """Note *error*; seconds to wait before the next try."""
         self._failures += 1
-        pause = min(self._LONGEST, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(self._longest, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
         now = time.monotonic()
         if now - self._said_at >= 1.0:
             self._said_at = now
@@ -57,13 +57,15 @@ class Loop:
     loop ends.
     """
 
-    def __init__(self, name: str, step: Callable[[], float], last: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, name: str, step: Callable[[], float], last: Callable[[], None] | None = None, longest: float = 5.0
+    ) -> None:
         self._step = step
         self._last = last
         self._woken = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._backoff = Backoff(log, name)
+        self._backoff = Backoff(log, name, longest)
         self.moved = time.monotonic()
         """When a step last came to its end (monotonic): the health of the loop."""
 

@@ -44,7 +44,8 @@ class Runner:
         river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
         sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class,
             options and events; plain Sessions without it. An async_sessionmaker serves async handlers.
-        async_engine: for async transactional handlers, on the same database.
+        async_engine: for async transactional handlers, on the same database; for them alone, since its connections belong to
+            the runner's event loop, and are closed with it.
         timeout: for workers that have none of their own; None is no timeout.
         retry: for workers that have no policy of their own; River's, attempt^4 seconds, unless said otherwise.
         poll: how often to look for jobs that nobody announced.
@@ -150,6 +151,7 @@ class Runner:
         it goes on trying.
 
         Raises:
+            SchemaError: the tables are missing, old or damaged; it says which, and the cure.
             RunnerError: it runs already, or was started by the process that this one was forked from.
         """
         with self._lifecycle:
@@ -161,7 +163,11 @@ class Runner:
                 raise RunnerError("this Runner runs already; stop() it first, or make another one")
             self._check_workers()
             self._incarnation = incarnation = Incarnation(self._orders)
-            incarnation.start()
+            try:
+                incarnation.start()
+            except BaseException:
+                self._incarnation = None
+                raise
 
     def _check_workers(self) -> None:
         """What can only be known once the handlers are registered."""

@@ -3,7 +3,7 @@
 import sys
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 from sqlalchemy.orm import Session, scoped_session
 
 from sqla_river import store
@@ -40,7 +40,7 @@ def sync_session(session: Any) -> Session | Connection:
 
 def check_bind(session: Session | Connection, job_class: type[JobMixin]) -> None:
     """Raise `WrongDatabaseError` unless jobs of *job_class* go to PostgreSQL. No round trip."""
-    bind = session if isinstance(session, Connection) else session.get_bind(mapper=job_class)
+    bind = session if isinstance(session, Connection) else session.get_bind(mapper=inspect(job_class))
     store.check_postgresql(bind.dialect.name, bind.dialect.driver)
 
 
@@ -51,7 +51,7 @@ def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connect
     if isinstance(session, Connection):
         return session
     session.flush()
-    return session.connection(bind_arguments={"mapper": job_class})
+    return session.connection(bind_arguments={"mapper": inspect(job_class)})
 
 
 def mark_changed(session: Session | Connection) -> None:

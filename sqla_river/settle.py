@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Transaction
+from sqlalchemy import Connection, Engine, Transaction, inspect
 from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -143,7 +143,7 @@ class Scope:
 
     def _check(self, session: Session, engine: Engine) -> None:
         try:
-            bind = session.get_bind(mapper=self._job_class)
+            bind = session.get_bind(mapper=inspect(self._job_class))
         except (UnboundExecutionError, RuntimeError):
             return  # bound to nothing, or Flask's outside of an app: the handler's own session tells
         if bind.engine.pool is not engine.pool:

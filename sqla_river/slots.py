@@ -111,17 +111,19 @@ class Threads:
 
 
 class EventLoop:
-    """The thread and event loop of async handlers; made when first needed."""
+    """The thread and event loop of async handlers; made when first needed. *last* is awaited when it ends."""
 
     def __init__(
         self,
         execute: Callable[[JobRow], Coroutine[Any, Any, Result]],
         finished: Callable[[Result], None],
         name: str,
+        last: Callable[[], Coroutine[Any, Any, object]] | None = None,
     ) -> None:
         self._execute = execute
         self._finished = finished
         self._name = name
+        self._last = last
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -143,6 +145,11 @@ class EventLoop:
         if self._loop is not None:
             with suppress(RuntimeError):  # closed already
                 self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def join(self, timeout: float) -> None:
+        """Wait at most *timeout* seconds for the thread's end."""
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def stack_of(self, row: JobRow) -> str:
         """Where the handler of *row* awaits; nothing if it is not known here."""
@@ -181,6 +188,8 @@ class EventLoop:
             if left:
                 loop.run_until_complete(asyncio.wait(left, timeout=LEFT_TIMEOUT))
             loop.run_until_complete(loop.shutdown_asyncgens())
+            if self._last is not None:
+                loop.run_until_complete(asyncio.wait_for(self._last(), LEFT_TIMEOUT))
         loop.close()
 
     def _tick(self) -> None:

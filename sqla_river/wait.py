@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqla_river import store
 from sqla_river.errors import JobNotFoundError, UncommittedJobError, WaitTimeoutError
 from sqla_river.models import JobMixin, declared_schema
-from sqla_river.session import load, sync_session
+from sqla_river.session import connect, load, sync_session
 from sqla_river.statements import SELECT_STATES
 
 J = TypeVar("J", bound=JobMixin)
@@ -86,8 +86,7 @@ def engine_of(session: Any, job_id: int, job_class: type[JobMixin]) -> Engine:
     """
     if isinstance(session, Engine):
         return session
-    plain = sync_session(session)
-    connection = plain if isinstance(plain, Connection) else plain.connection(bind_arguments={"mapper": job_class})
+    connection = connect(sync_session(session), job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
     if store.execute(connection, schema, SELECT_STATES, {"p_ids": [job_id]}).one_or_none() is not None:
         with connection.engine.connect() as other:

@@ -13,6 +13,15 @@ from sqla_river.schema import create_all
 _numbers = itertools.count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=10, help="how many processes the tests marked crash kill; 10 in CI")
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--rounds"))
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The URL of a server: TEST_DATABASE_URL, else one that is started here and thrown away."""
@@ -20,7 +29,7 @@ def server() -> Iterator[str]:
     if given:
         yield given
         return
-    with EmbeddedPostgres() as postgres:
+    with EmbeddedPostgres(settings={"max_prepared_transactions": "10"}) as postgres:  # for two-phase sessions
         yield postgres.url()
 
 

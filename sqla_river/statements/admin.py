@@ -43,6 +43,7 @@ def _cancel(skip_locked: bool) -> Any:
 # Caller: admin.py. Index: river_job_pkey. Locks: in id order; waited for with one job, skipped with many. What does not
 # run is cancelled at once; what runs is marked, and its runner told on River's control channel.
 CANCEL_JOB: Final = _cancel(skip_locked=False)
+# The same, for many.
 CANCEL_JOBS: Final = _cancel(skip_locked=True)
 
 # Caller: admin.py, for ids that were left; wait.py. Index: river_job_pkey.

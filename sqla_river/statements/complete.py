@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -47,16 +48,31 @@ _done: Final = (
     .table_valued(column("id", BigInteger), column("token", Text))
     .render_derived(name="done")
 )
-_mine: Final[Any] = (
-    select(literal("w.ctid"))
-    .select_from(_done.join(w, w.c.id == _done.c.id))
-    .where(fence(w, _done.c.token))
-    .order_by(w.c.id)
-    .with_for_update(skip_locked=True, of=w)
-)
 
-# Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in id
-# order, none waited for: a row that somebody's open transaction holds is left out and tried again in a batch of its
+
+def _held_by(given: Any, *columns: ColumnElement[Any]) -> Any:
+    """The rows of *given* whose fence holds, locked, each with its ctid and its id.
+
+    By LATERAL, so that no plan can be made of it but one look at the primary key for each: joined, a plan that was made
+    while the table was empty walked the whole of it for each batch, until the next ANALYZE.
+    """
+    held = (
+        select(literal("w.ctid").label("at"), w.c.id)
+        .select_from(w)
+        .where(w.c.id == given.c.id, fence(w, given.c.token))
+        .with_for_update(skip_locked=True, of=w)
+        .correlate(given)
+        .lateral("held")
+    )
+    return select(*(columns or (held.c.at,)), *((held.c.at, held.c.id) if columns else ())).select_from(
+        given.join(held, true())
+    )
+
+
+_mine: Final[Any] = _held_by(_done)
+
+# Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in the
+# order of p_ids, which are sorted; none waited for: a row that somebody's open transaction holds is left out and tried again in a batch of its
 # own.
 COMPLETE_JOBS: Final = (
     update(job)
@@ -88,14 +104,8 @@ _given: Final = (
     )
     .render_derived(name="given")
 )
-_locked: Final = (
-    select(literal("w.ctid").label("at"), _given)
-    .select_from(_given.join(w, w.c.id == _given.c.id))
-    .where(fence(w, _given.c.token))
-    .order_by(w.c.id)
-    .with_for_update(skip_locked=True, of=w)
-    .cte("locked")
-)
+_results: Final = (_given.c.state, _given.c.back, _given.c.delay, _given.c.error, _given.c.metadata, _given.c.snoozed)
+_locked: Final = _held_by(_given, *_results).cte("locked")
 
 
 def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
@@ -151,7 +161,7 @@ _held: Final = and_(job.c.id == bindparam("p_id", type_=BigInteger), fence(job, 
 SETTLE_JOB: Final = update(job).where(_held).values(**_settled(_one)).returning(cast(job.c.state, Text))
 
 # Caller: settle.py, when the reply to the COMMIT of a transactional job was lost. It waits for a server that is still
-# committing: a plain read would say running.
+# committing: a plain read would say running. Index: river_job_pkey. Locks: one row, waited for.
 SELECT_OUTCOME: Final = (
     select(STATE_TEXT)
     .where(job.c.id == bindparam("p_id", type_=BigInteger), bindparam("p_token", type_=Text) == LAST_TOKEN)
@@ -163,14 +173,7 @@ _noted: Final = (
     .table_valued(column("id", BigInteger), column("token", Text), column("note", Text))
     .render_derived(name="noted")
 )
-_noting: Final = (
-    select(literal("w.ctid").label("at"), w.c.id, _noted.c.note)
-    .select_from(_noted.join(w, w.c.id == _noted.c.id))
-    .where(fence(w, _noted.c.token))
-    .order_by(w.c.id)
-    .with_for_update(skip_locked=True, of=w)
-    .cte("noting")
-)
+_noting: Final = _held_by(_noted, _noted.c.note).cte("noting")
 
 # Caller: complete.py, at most once a second, for the jobs that reported progress. Index and locks as COMPLETE_JOBS.
 NOTE_PROGRESS: Final = (

@@ -81,7 +81,9 @@ CLAIM_DUTY: Final = (
     .values(due_at=NOW + _every)
     .returning(river_duty.c.name)
 )
+# Caller: duties, when a duty is done, or failed.
 FINISH_DUTY: Final = update(river_duty).where(river_duty.c.name == _name).values(done_at=NOW)
+# The same.
 POSTPONE_DUTY: Final = (
     update(river_duty).where(river_duty.c.name == _name).values(due_at=NOW + bindparam("p_after", type_=Interval))
 )
@@ -307,7 +309,9 @@ def _prune(name: str) -> Delete:
 # for. State and horizon are tested again in the outer WHERE: a row that somebody retries between the read and the
 # delete stays.
 PRUNE_COMPLETED: Final = _prune("completed")
+# The same.
 PRUNE_CANCELLED: Final = _prune("cancelled")
+# The same.
 PRUNE_DISCARDED: Final = _prune("discarded")
 
 _q: Final = river_queue.alias("q")
@@ -326,6 +330,7 @@ DELETE_UNTOUCHED_QUEUES: Final = delete(river_queue).where(
 )
 
 # Caller: duties/prune.py. A runner's row goes ten leases after its last word, and only when no running job names it.
+# Index: river_job_running_idx.
 DELETE_GONE_RUNNERS: Final = delete(river_runner).where(
     river_runner.c.heartbeat_at < NOW - literal("10 * river_runner.lease"),
     ~select(w.c.id).where(w.c.state == RUNNING, _owner == river_runner.c.id).correlate(river_runner).exists(),

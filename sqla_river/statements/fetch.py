@@ -178,7 +178,7 @@ _conflicts: Final = (
 
 # Caller: fetch.py, when a fetch would put a unique key there twice: rows with masks that no River writes, which hold
 # their key when they run but not while they wait. Those whose key is taken, or that are not the first to want it, are
-# discarded.
+# discarded. Index: river_job_fetch_idx.
 DISCARD_CONFLICTS: Final = (
     update(job)
     .where(job.c.id == _conflicts.c.id, _conflicts.c.taken, STATE_TEXT == AVAILABLE)

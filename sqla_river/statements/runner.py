@@ -42,6 +42,7 @@ UPSERT_RUNNER: Final = (
 )
 
 # Caller: heartbeat.py, after a clean stop. Kept while a running job names the runner: its lease is what frees that job.
+# Index: river_job_running_idx.
 DELETE_RUNNER: Final = delete(river_runner).where(
     river_runner.c.id == _id, ~select(job.c.id).where(job.c.state == RUNNING, _mine).exists()
 )

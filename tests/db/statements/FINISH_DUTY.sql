@@ -1,0 +1,3 @@
+UPDATE river_duty
+SET done_at=now()
+WHERE river_duty.name = %(p_name)s::VARCHAR

@@ -1,0 +1,2 @@
+INSERT INTO river_job (kind, args, queue, priority, max_attempts, tags, metadata, state, scheduled_at, id) SELECT given.kind, given.args, given.queue, given.priority, given.max_attempts, given.tags, given.metadata, CAST(given.state AS river_job_state) AS state, coalesce(given.scheduled_at, now()) AS coalesce_1, given.id
+FROM json_to_recordset(CAST(%(p_rows)s::VARCHAR AS JSON)) AS given(id BIGINT, kind TEXT, args JSONB, queue TEXT, priority SMALLINT, max_attempts SMALLINT, tags TEXT[], metadata JSONB, state TEXT, scheduled_at TIMESTAMP WITH TIME ZONE)

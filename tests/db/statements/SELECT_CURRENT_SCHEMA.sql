@@ -1,0 +1,1 @@
+SELECT current_schema() AS current_schema_1

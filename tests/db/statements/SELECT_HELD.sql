@@ -1,0 +1,4 @@
+SELECT river_job.id, CAST(river_job.state AS TEXT) AS state
+FROM unnest(%(p_ids)s::BIGINT[], %(p_tokens)s::TEXT[]) AS done(id, token)
+JOIN river_job ON river_job.id = done.id
+WHERE done.token = river_job.attempted_by[cardinality(river_job.attempted_by)]

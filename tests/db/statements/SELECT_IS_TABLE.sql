@@ -1,0 +1,1 @@
+SELECT to_regclass(%(p_name)s::VARCHAR) IS NOT NULL AS anon_1

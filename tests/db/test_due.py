@@ -1,0 +1,215 @@
+"""Due on time: what the timer asks of the database, and how often."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+from sqlalchemy import Engine, text
+
+from sqla_river import fetch as fetching
+from sqla_river.fetch import Fetcher
+from sqla_river.rows import JobRow
+from sqla_river.states import JobState
+from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
+from tests.making import Count, Plan, count_states, explain, make_fetcher, make_job, make_jobs, opened, own_settings, read_job
+
+Mode = Literal["generic", "custom"]
+SCHEDULED = "INSERT INTO river_job (kind, args, state, scheduled_at) SELECT 'count', '{}', 'scheduled', "
+
+
+# ---- plans --------------------------------------------------------------------------------------------------------------
+
+
+def _fill(engine: Engine, future: int) -> None:
+    """*future* jobs that are due in the next year, 100 that are due, and 1,000 available ones."""
+    with engine.begin() as connection:
+        connection.execute(
+            text(f"{SCHEDULED} now() + interval '1 hour' + n * interval '25 seconds' FROM generate_series(1, :n) n"), {"n": future}
+        )
+        connection.execute(text(f"{SCHEDULED} now() - n * interval '1 second' FROM generate_series(1, 100) n"))
+    make_jobs(engine, 1_000)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE river_job"))
+
+
+def _explained(engine: Engine, statement: Any, parameters: dict[str, Any], mode: Mode) -> Plan:
+    with engine.begin() as connection:
+        return explain(connection, None, statement, parameters, plan=mode, settings={"enable_seqscan": "off", "jit": "off"})
+
+
+ASKED = {"p_queues": ["default"], "p_slots": [100], "p_kinds": [Count.kind], "p_token": "test/1"}
+
+
+def _check_plans(engine: Engine, future: int) -> None:
+    _fill(engine, future)
+    modes: tuple[Mode, ...] = ("generic", "custom")
+    for mode in modes:
+        look = _explained(engine, SELECT_NEXT_DUE, {"p_since": None}, mode)
+        assert look.indexes == {"river_job_due_idx"}, look
+        assert look.buffers < 10, (look, look.buffers)
+
+        schedule = _explained(engine, SCHEDULE_DUE, {"p_schema": None}, mode)
+        assert "river_job_due_idx" in schedule.indexes, schedule
+        assert schedule.indexes <= {"river_job_due_idx", "river_job_unique_idx", "river_job_pkey"}, schedule
+        assert not [scan for scan in schedule.scans("river_job") if scan["Node Type"] == "Seq Scan"], schedule
+        assert schedule.buffers < 100 * 40, (schedule, schedule.buffers)
+
+        fetch = _explained(engine, FETCH_AVAILABLE, ASKED, mode)
+        assert fetch.indexes <= {"river_job_fetch_idx", "river_queue_pkey"}, fetch
+        assert fetch.removed("Filter") == 0, fetch
+        assert fetch.buffers < 100 * 30, (fetch, fetch.buffers)
+
+
+def test_a_hundred_thousand_future_jobs_cost_the_timer_and_the_fetch_nothing(engine: Engine) -> None:
+    _check_plans(engine, 100_000)
+
+
+@pytest.mark.slow
+def test_a_million_future_jobs_cost_the_timer_and_the_fetch_nothing(engine: Engine) -> None:
+    _check_plans(engine, 1_000_000)
+
+
+def test_a_schedule_with_nothing_due_reads_next_to_nothing(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"{SCHEDULED} now() + interval '1 hour' FROM generate_series(1, 20000) n"))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE river_job"))
+
+    plan = _explained(engine, SCHEDULE_DUE, {"p_schema": None}, "generic")
+
+    assert plan.buffers < 12, (plan, plan.buffers)
+
+
+# ---- the timer ------------------------------------------------------------------------------------------------------------
+
+
+class Time:
+    """A local clock that goes only as far as the loop asks to wait; what it told the database in a minute is counted."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> Time:
+    clock = Time()
+    monkeypatch.setattr(fetching, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    return clock
+
+
+@contextmanager
+def counting(engine: Engine, local: Time, **settings: Any) -> Iterator[tuple[Fetcher, list[str]]]:
+    """A fetcher on `local` time, and the names of the statements that it executes."""
+    named = {id(getattr(fetching, name)): name for name in dir(fetching) if name.isupper()}
+    sent: list[str] = []
+    with opened(engine, **own_settings("fetch")) as own:
+        execute = own.execute
+
+        def note(statement: Any, *rest: Any) -> Any:
+            sent.append(named.get(id(statement), str(statement)))
+            return execute(statement, *rest)
+
+        own.execute = note  # type: ignore[method-assign]
+        delivered: list[JobRow] = []
+        yield make_fetcher(own, delivered, **settings), sent
+
+
+def _run(fetcher: Fetcher, local: Time, seconds: float) -> int:
+    """Steps of *fetcher* in so many seconds."""
+    until, steps = local.now + seconds, 0
+    while local.now < until:
+        local.now += max(fetcher.step(), 0.0005)
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize(("hears", "statements"), [(True, 45), (False, 150)])
+def test_an_idle_runner_asks_little(engine: Engine, local: Time, hears: bool, statements: int) -> None:
+    make_job(engine, state=JobState.SCHEDULED, due_in=timedelta(days=1))
+
+    with counting(engine, local, hears=lambda: hears) as (fetcher, sent):
+        _run(fetcher, local, 10)
+        sent.clear()
+        _run(fetcher, local, 60)
+
+    assert 10 <= len(sent) <= statements, sent
+    assert set(sent) == {"FETCH_AVAILABLE", "SELECT_NEXT_DUE"}
+
+
+def test_a_due_job_that_somebody_has_locked_does_not_make_the_timer_spin(engine: Engine, local: Time) -> None:
+    job_id = make_job(engine, state=JobState.SCHEDULED, due_in=-timedelta(seconds=1))
+
+    with engine.begin() as theirs, counting(engine, local, hears=lambda: True) as (fetcher, sent):
+        theirs.execute(text("SELECT 1 FROM river_job WHERE id = :id FOR UPDATE"), {"id": job_id})
+        _run(fetcher, local, 60)
+        assert len(sent) < 300, len(sent)
+        theirs.rollback()
+        _run(fetcher, local, 1.2)
+
+    assert read_job(engine, job_id)["state"] == "running"
+
+
+@pytest.mark.parametrize("when", ["infinity", "294276-12-31", "2200-01-01"])
+def test_a_job_due_beyond_all_time_does_not_make_the_timer_spin(engine: Engine, local: Time, when: str) -> None:
+    make_job(engine, state=JobState.SCHEDULED, scheduled_at=when)
+
+    with counting(engine, local, hears=lambda: True) as (fetcher, sent):
+        _run(fetcher, local, 60)
+
+    assert len(sent) < 60, len(sent)
+
+
+def test_a_burst_of_announcements_is_one_look_each_25_ms(engine: Engine, local: Time) -> None:
+    with counting(engine, local, hears=lambda: True) as (fetcher, sent):
+        _run(fetcher, local, 10)
+        sent.clear()
+        until = local.now + 1.0
+        while local.now < until:
+            fetcher.heard("default")
+            fetcher.step()
+            local.now += 0.001
+
+    assert sent.count("SELECT_NEXT_DUE") <= 41, len(sent)
+
+
+def test_the_runners_of_a_fleet_do_not_all_fire_for_one_job(engine: Engine, local: Time) -> None:
+    make_job(engine, state=JobState.SCHEDULED, due_in=timedelta(seconds=0))
+    fired: list[str] = []
+    with opened(engine) as own:
+        for rank in range(5):
+            fetcher = make_fetcher(own, [], slots={"other": 1})
+            fetcher.rank = rank
+            fetcher._due_at = local.now
+            execute = own.execute
+
+            def note(statement: Any, *rest: Any, execute: Any = execute) -> Any:
+                if statement is SCHEDULE_DUE:
+                    fired.append("fired")
+                return execute(statement, *rest)
+
+            own.execute = note  # type: ignore[method-assign]
+            fetcher.step()
+            own.execute = execute  # type: ignore[method-assign]
+
+    assert fired == ["fired"]
+    assert count_states(engine) == {"available": 1}
+
+
+def test_a_schedule_moves_more_than_a_thousand_one_batch_after_the_other(engine: Engine, local: Time) -> None:
+    with engine.begin() as connection:
+        connection.execute(text(f"{SCHEDULED} now() FROM generate_series(1, 2500) n"))
+
+    with counting(engine, local, hears=lambda: True, slots={"default": 10}) as (fetcher, sent):
+        _run(fetcher, local, 0.2)
+
+    assert sent.count("SCHEDULE_DUE") <= 4
+    assert count_states(engine) == {"available": 2_490, "running": 10}

@@ -1,0 +1,361 @@
+"""Whose turn it is: duties are claimed by one, retried when they fail, and safe in any company."""
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
+
+from sqla_river.duties import turns
+from sqla_river.duties.rescue import Isolate
+from sqla_river.duties.turns import Duty, Turns
+from sqla_river.store import OwnConnection
+from tests.making import eventually, make_job, opened
+
+HOUR = timedelta(hours=1)
+
+
+class Chore:
+    """A duty that counts how often it is done, or does what it is told."""
+
+    def __init__(
+        self,
+        name: str = "chore",
+        every: timedelta = HOUR,
+        do: Callable[[OwnConnection], bool] = lambda own: False,
+        entitled: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.name = name
+        self.every = every
+        self.entitled = entitled
+        self._do = do
+        self.done = 0
+
+    def do(self, own: OwnConnection) -> bool:
+        self.done += 1
+        return self._do(own)
+
+
+def _fails(own: OwnConnection) -> bool:
+    raise RuntimeError("it broke")
+
+
+def _make_due(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE river_duty SET due_at = now()"))
+
+
+def _due_in(engine: Engine, name: str = "chore") -> float:
+    with engine.connect() as connection:
+        found = connection.execute(
+            text("SELECT extract(epoch FROM due_at - now())::float8 FROM river_duty WHERE name = :name"), {"name": name}
+        )
+        return float(found.scalar_one())
+
+
+def _take_turn(turns_: Turns) -> float:
+    """One step, and before it those that only make the rows."""
+    while (pause := turns_.step()) == 0.0 and not turns_._unfinished:
+        pass
+    return pause
+
+
+def test_a_duty_is_due_at_once_and_then_after_its_interval(engine: Engine) -> None:
+    chore = Chore()
+    with opened(engine) as own:
+        mine = Turns(own, [chore])
+        pauses = [_take_turn(mine) for _ in range(3)]
+
+    assert chore.done == 1
+    assert 3_590 < _due_in(engine) <= 3_600
+    assert max(pauses) <= 5.25  # it looks again: somebody may have made it due
+
+
+def test_whoever_claims_a_duty_does_it_alone(engine: Engine) -> None:
+    chores = [Chore(every=timedelta(minutes=1)) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def run(chore: Chore) -> None:
+        with opened(engine) as own:
+            mine = Turns(own, [chore])
+            for _ in range(20):
+                barrier.wait(20)
+                _take_turn(mine)
+                barrier.wait(20)
+                if chore is chores[0]:
+                    _make_due(engine)
+                barrier.wait(20)
+
+    threads = [threading.Thread(target=run, args=(chore,)) for chore in chores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert sum(chore.done for chore in chores) == 20
+
+
+def test_one_that_is_not_entitled_leaves_the_duty_to_others(engine: Engine) -> None:
+    idle, busy = Chore(entitled=lambda: False), Chore()
+    with opened(engine) as own, opened(engine) as other:
+        pause = _take_turn(Turns(own, [idle]))
+        assert _due_in(engine) <= 0
+        _take_turn(Turns(other, [busy]))
+
+    assert (idle.done, busy.done) == (0, 1)
+    assert 0 < pause <= 5.25
+
+
+def test_one_that_loses_its_entitlement_stops_in_the_middle(engine: Engine) -> None:
+    entitled = [True]
+    chore = Chore(do=lambda own: True, entitled=lambda: entitled[0])
+    with opened(engine) as own:
+        mine = Turns(own, [chore])
+        _take_turn(mine)
+        _take_turn(mine)
+        entitled[0] = False
+        _take_turn(mine)
+        entitled[0] = True
+        _take_turn(mine)
+
+    assert chore.done == 2
+
+
+def test_a_duty_with_more_to_do_goes_on_at_once_and_others_have_their_turn_in_between(engine: Engine) -> None:
+    left = [5]
+
+    def batch(own: OwnConnection) -> bool:
+        left[0] -= 1
+        return left[0] > 0
+
+    long, other = Chore("long", do=batch), Chore("other")
+    with opened(engine) as own:
+        mine = Turns(own, [long, other])
+        pauses = []
+        for number in range(6):
+            pauses.append(_take_turn(mine))
+            if number == 1:
+                _make_due(engine)
+
+    assert long.done - 1 == 5  # it was made due once more
+    assert other.done == 2
+    assert pauses[:4] == [0.0] * 4
+
+
+def test_the_most_urgent_duty_comes_first(engine: Engine) -> None:
+    order: list[str] = []
+
+    def note(name: str) -> Duty:
+        return Chore(name, do=lambda own: bool(order.append(name)))  # type: ignore[func-returns-value]
+
+    with opened(engine) as own:
+        _take_turn(Turns(own, [note("z_rescue"), note("m_prune"), note("a_clean")]))
+
+    assert order == ["z_rescue", "m_prune", "a_clean"]
+
+
+def test_a_failing_duty_is_tried_again_after_one_second_doubling_to_sixty_and_the_others_go_on(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, healthy = Chore("chore", do=_fails), Chore("healthy")
+    due: list[int] = []
+    with opened(engine) as own:
+        mine = Turns(own, [broken, healthy])
+        for _ in range(9):
+            _take_turn(mine)
+            due.append(round(_due_in(engine)))
+            _make_due(engine)
+
+    assert due == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert healthy.done == 9
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 9
+    assert "duty chore failed (3 in a row)" in said[2]
+    assert "it broke; due again in 4 s" in said[2]
+
+
+def test_a_success_ends_the_row_of_failures(engine: Engine) -> None:
+    fails = [True]
+    chore = Chore(do=lambda own: _fails(own) if fails[0] else False)
+    with opened(engine) as own:
+        mine = Turns(own, [chore])
+        for wanted in (True, True, False, True):
+            fails[0] = wanted
+            _make_due(engine)
+            _take_turn(mine)
+
+    assert round(_due_in(engine)) == 1
+
+
+def test_the_loop_looks_again_when_a_failed_duty_is_due(engine: Engine) -> None:
+    with opened(engine) as own:
+        pause = _take_turn(Turns(own, [Chore(do=_fails)]))
+
+    assert 0.9 < pause <= 1.25
+
+
+def test_a_statement_that_takes_too_long_fails_its_duty_only(engine: Engine) -> None:
+    def slow(own: OwnConnection) -> bool:
+        own.execute(text("SELECT pg_sleep(30)"))
+        return False
+
+    healthy = Chore("healthy")
+    with opened(engine, statement_timeout="50ms") as own:
+        _take_turn(Turns(own, [Chore(do=slow), healthy]))
+
+    assert healthy.done == 1
+    assert turns.STATEMENT_TIMEOUT == "10s"
+
+
+def test_a_duty_whose_runner_dies_in_the_middle_is_done_by_another_after_its_interval(engine: Engine) -> None:
+    def die(own: OwnConnection) -> bool:
+        own.raw.close()
+        own.execute(text("SELECT 1"))
+        return False
+
+    other = Chore(every=timedelta(minutes=1))
+    with opened(engine) as own:
+        broken = Turns(own, [Chore(every=timedelta(minutes=1), do=die)])
+        _take_turn(broken)
+        # its connection broke, and it postponed the duty on a new one; had it died, the claim alone would stand
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE river_duty SET due_at = now() + interval '1 minute'"))
+    with opened(engine) as own:
+        mine = Turns(own, [other])
+        _take_turn(mine)
+        assert other.done == 0
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE river_duty SET due_at = due_at - interval '1 minute'"))
+        _take_turn(mine)
+
+    assert other.done == 1
+
+
+def test_a_duty_that_failed_as_the_database_went_away_is_taken_up_only_by_a_new_claim(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entitled = [True]
+    chore = Chore(do=_fails, entitled=lambda: entitled[0])
+    with opened(engine) as own:
+        mine = Turns(own, [chore])
+        mine.step()
+        with monkeypatch.context() as away:
+            away.setattr(turns, "POSTPONE_DUTY", text("SELECT 1 / 0"))
+            with pytest.raises(Exception, match="division by zero"):
+                mine.step()
+        entitled[0] = False  # as rescue is after an outage
+        _take_turn(mine)
+
+    assert chore.done == 1
+
+
+def test_rows_that_were_deleted_are_made_anew(engine: Engine) -> None:
+    chore = Chore()
+    with opened(engine) as own:
+        mine = Turns(own, [chore])
+        _take_turn(mine)
+        with engine.begin() as connection:
+            connection.execute(text("DELETE FROM river_duty"))
+        _take_turn(mine)
+
+    assert chore.done == 2
+
+
+def test_duties_of_others_are_left_alone(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO river_duty (name, due_at) VALUES ('of a newer deploy', '2020-01-01')"))
+
+    with opened(engine) as own:
+        _take_turn(Turns(own, [Chore()]))
+
+    with engine.connect() as connection:
+        row = connection.execute(text("SELECT due_at::text, done_at FROM river_duty WHERE name <> 'chore'")).one()
+    assert (row.due_at[:10], row.done_at) == ("2020-01-01", None)
+
+
+def test_a_duty_that_was_postponed_before_the_clock_was_set_back_is_done(engine: Engine) -> None:
+    soon, late = Chore("soon", every=timedelta(seconds=5)), Chore("late", every=timedelta(hours=1))
+    with opened(engine) as own:
+        mine = Turns(own, [soon, late])
+        _take_turn(mine)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE river_duty SET due_at = due_at + interval '10 minutes'"))
+        _take_turn(mine)
+        assert (soon.done, late.done) == (2, 2)
+        with engine.begin() as connection:  # as far as a failure or a turn alone may postpone it
+            connection.execute(text("UPDATE river_duty SET due_at = now() + interval '130 seconds'"))
+        _take_turn(mine)
+
+    assert (soon.done, late.done) == (2, 2)
+
+
+def test_the_age_of_the_last_success_grows_wherever_that_was_and_whatever_fails(engine: Engine) -> None:
+    broken = Chore(do=_fails)
+    with opened(engine) as own, opened(engine) as other:
+        mine, theirs = Turns(own, [broken, Chore("unheard")]), Turns(other, [Chore()])
+        assert mine.ages() == {"chore": None, "unheard": None}
+        _take_turn(theirs)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE river_duty SET done_at = done_at - interval '1 minute', due_at = now()"))
+        _take_turn(mine)
+        ages = mine.ages()
+        later = eventually(lambda: (age := mine.ages()["chore"]) and ages["chore"] and age > ages["chore"] and age)
+
+    assert ages["chore"] is not None
+    assert timedelta(seconds=60) <= ages["chore"] < timedelta(seconds=70)
+    assert later > ages["chore"]  # while the loop stands still, too
+
+
+def test_the_age_starts_anew_with_a_success_and_not_before_the_last_batch(engine: Engine) -> None:
+    left = [2]
+
+    def batch(own: OwnConnection) -> bool:
+        left[0] -= 1
+        return left[0] > 0
+
+    with opened(engine) as own:
+        mine = Turns(own, [Chore(do=batch)])
+        _take_turn(mine)
+        _take_turn(Turns(own, [Chore(entitled=lambda: False)]))
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT done_at FROM river_duty")).scalar() is None
+        _take_turn(mine)
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT done_at FROM river_duty")).scalar() is not None
+
+
+def test_a_look_fails_loudly_while_the_database_is_away(engine: Engine) -> None:
+    with opened(engine) as own:
+        mine = Turns(own, [Chore()])
+        _take_turn(mine)
+        own.raw.close()
+
+        with pytest.raises(OperationalError):
+            mine.step()
+        mine.step()  # on a new connection
+
+
+# ---- isolation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_one_runner_at_a_time_has_the_turn_of_running_suspects_alone(engine: Engine, begun: bool) -> None:
+    asked: list[Any] = []
+    with opened(engine) as own:
+        mine = Turns(own, [Isolate(lambda: True, lambda own: bool(asked.append(own)) or begun)])  # type: ignore[func-returns-value]
+        _take_turn(mine)
+
+    assert len(asked) == 1
+    assert round(_due_in(engine, "isolate")) == (130 if begun else 5)
+
+
+def test_without_suspects_nobody_takes_that_turn(engine: Engine) -> None:
+    make_job(engine)
+    with opened(engine) as own:
+        _take_turn(Turns(own, [Isolate(lambda: False, lambda own: pytest.fail("there is none"))]))
+
+    assert _due_in(engine, "isolate") <= 0

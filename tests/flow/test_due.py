@@ -1,0 +1,112 @@
+"""Jobs that start when they are due, through a whole Runner."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from sqla_river import Exponential, Runner, Snooze, Workers, enqueue
+from sqla_river.context import JobContext
+from tests.making import Count, eventually, make_jobs, read_job, read_jobs
+
+SLOW_POLL: Final = timedelta(minutes=5)
+"""So that nothing is found by polling."""
+
+
+@contextmanager
+def noting(engine: Engine, answer: Any = None, **settings: Any) -> Iterator[list[tuple[int, datetime]]]:
+    """A runner, and when each attempt began; *answer* is what the handler does the first time."""
+    began: list[tuple[int, datetime]] = []
+    workers = Workers()
+
+    @workers.register(Count, **settings)
+    def work(job: JobContext[Count]) -> Any:
+        began.append((job.id, datetime.now(UTC)))
+        if answer is not None and [job_id for job_id, _ in began].count(job.id) == 1:
+            return answer()
+        return None
+
+    with Runner(engine, workers, queues={"default": 10}, poll=SLOW_POLL, stop_timeout=timedelta(seconds=3)):
+        yield began
+
+
+def _late(engine: Engine) -> float:
+    """Seconds, at the 95th percentile, that fifty jobs begin after their time."""
+    with noting(engine) as began:
+        with Session(engine, expire_on_commit=False) as session, session.begin():
+            jobs = [
+                enqueue(session, Count(number), scheduled_at=timedelta(seconds=0.3 + 1.2 * number / 50))
+                for number in range(50)
+            ]
+        due = {job.id: job.scheduled_at for job in jobs}
+        eventually(lambda: len(began) == 50, within=20, what="the jobs")
+    late = sorted((at - due[job_id]).total_seconds() for job_id, at in began)
+    assert late[0] >= -0.001  # none before its time
+    return late[int(len(late) * 0.95)]
+
+
+def test_scheduled_jobs_start_within_100_ms_of_their_time_beside_many_that_are_due_later(engine: Engine) -> None:
+    make_jobs(engine, 20_000, state="scheduled", due_in=timedelta(days=1))
+
+    assert min(_late(engine) for _ in range(3)) < 0.1  # the machine may have been busy, not three times
+
+
+def test_a_job_whose_transaction_commits_after_its_time_starts_at_once(engine: Engine) -> None:
+    with noting(engine) as began, Session(engine, expire_on_commit=False) as session:
+        for number in range(3):
+            with session.begin():
+                job = enqueue(session, Count(number), scheduled_at=timedelta(milliseconds=100))
+                session.flush()
+                eventually(lambda due=job.scheduled_at: datetime.now(UTC) > due + timedelta(seconds=0.2))  # type: ignore[misc]
+                assert len(began) == number
+            committed = datetime.now(UTC)
+            eventually(lambda number=number: len(began) == number + 1, what="the start")  # type: ignore[misc]
+            assert began[-1][1] - committed < timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("how", ["retry", "snooze"])
+def test_a_retry_and_a_snooze_start_on_time(engine: Engine, how: str) -> None:
+    delay = timedelta(seconds=0.3)
+
+    def answer() -> Any:
+        if how == "snooze":
+            return Snooze(delay)
+        raise RuntimeError("the first time")
+
+    late: list[float] = []
+    with noting(engine, answer, retry=Exponential(base=delay, factor=1)) as began, Session(engine, expire_on_commit=False) as session:
+        for number in range(3):
+            with session.begin():
+                job = enqueue(session, Count(number))
+            eventually(lambda number=number: len(began) == 2 * number + 1, what="the first attempt")  # type: ignore[misc]
+            job_id = job.id
+            due = eventually(lambda job_id=job_id: _waits_until(engine, job_id))  # type: ignore[misc]
+            eventually(lambda number=number: len(began) == 2 * number + 2, what="the second attempt")  # type: ignore[misc]
+            late.append((began[-1][1] - due).total_seconds())
+
+    assert min(late) >= -0.001
+    assert min(late) < 0.1
+    assert {row["state"] for row in read_jobs(engine)} == {"completed"}
+
+
+def _waits_until(engine: Engine, job_id: int) -> datetime | None:
+    row = read_job(engine, job_id)
+    return row["scheduled_at"] if row["state"] in ("scheduled", "retryable") else None
+
+
+def test_a_job_that_nobody_announced_starts_within_a_poll_of_its_time(engine: Engine) -> None:
+    workers = Workers()
+    began: list[float] = []
+    workers.register(Count)(lambda job: began.append(time.monotonic()))
+
+    with Runner(engine, workers, queues={"default": 1}, poll=timedelta(seconds=0.3), listen=False):
+        make_jobs(engine, 1, state="scheduled", due_in=timedelta(seconds=0.5))
+        made = time.monotonic()
+        eventually(lambda: began)
+
+    assert 0.49 < began[0] - made < 0.5 + 0.3 * 1.1 + 1

@@ -1,0 +1,220 @@
+"""Waiting for the end of a job."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from sqla_river import Job, enqueue, wait_for
+from sqla_river.asyncio import wait_for as wait_for_async
+from sqla_river.errors import AsyncSessionError, JobNotFoundError, UncommittedJobError, WaitTimeoutError
+from tests.database import emptied, shared_database
+from tests.making import Count, Gate, eventually, make_job, read_job
+from tests.working import put, working
+
+SOON = timedelta(seconds=0.2)
+LONG = timedelta(seconds=10)
+
+
+@pytest.fixture(scope="module")
+def url(server: str, template: str) -> Iterator[str]:
+    yield from shared_database(server, template)
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    yield from emptied(url)
+
+
+def by_engine(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    return wait_for(engine, job_id, timeout=timeout)
+
+
+def by_session(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    with Session(engine) as session:
+        return wait_for(session, job_id, timeout=timeout)
+
+
+def by_connection(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    with engine.connect() as connection:
+        return wait_for(connection, job_id, timeout=timeout)
+
+
+def _awaited(engine: Engine, wait: Callable[[Any], Any]) -> Job:
+    async def run() -> Job:
+        own = create_async_engine(engine.url)
+        try:
+            job: Job = await wait(own)
+            return job
+        finally:
+            await own.dispose()
+
+    return asyncio.run(run())
+
+
+def by_async_engine(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    return _awaited(engine, lambda own: wait_for_async(own, job_id, timeout=timeout))
+
+
+def by_async_session(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    async def wait(own: Any) -> Job:
+        async with AsyncSession(own) as session:
+            return await wait_for_async(session, job_id, timeout=timeout)
+
+    return _awaited(engine, wait)
+
+
+def by_async_connection(engine: Engine, job_id: int, timeout: timedelta) -> Job:
+    async def wait(own: Any) -> Job:
+        async with own.connect() as connection:
+            return await wait_for_async(connection, job_id, timeout=timeout)
+
+    return _awaited(engine, wait)
+
+
+WAYS = pytest.mark.parametrize(
+    "wait", [by_engine, by_session, by_connection, by_async_engine, by_async_session, by_async_connection]
+)
+Wait = Callable[[Engine, int, timedelta], Job]
+
+
+@WAYS
+@pytest.mark.parametrize("state", ["completed", "cancelled", "discarded"])
+def test_a_finished_job_is_returned_as_it_stands(engine: Engine, wait: Wait, state: str) -> None:
+    job_id = make_job(engine, state=state, metadata={"output": 7})
+
+    job = wait(engine, job_id, LONG)
+
+    assert (job.id, job.state, job.metadata_) == (job_id, state, {"output": 7})
+
+
+@WAYS
+def test_it_waits_for_the_end_and_not_for_the_start(engine: Engine, wait: Wait) -> None:
+    gate = Gate()
+    (job_id,) = put(engine, 3)
+    ended: list[Job] = []
+    with working(engine, gate):
+        waiting = threading.Thread(target=lambda: ended.append(wait(engine, job_id, LONG)))
+        waiting.start()
+        gate.wait(1)
+        waiting.join(0.1)
+        assert ended == []
+        gate.open()
+        waiting.join(10)
+
+    assert [(job.state, job.args) for job in ended] == [("completed", {"number": 3})]
+
+
+@WAYS
+def test_a_job_that_does_not_end_in_time_is_reported_and_goes_on(engine: Engine, wait: Wait) -> None:
+    job_id = make_job(engine, state="retryable")
+    began = time.monotonic()
+
+    with pytest.raises(WaitTimeoutError, match=f"job {job_id} is not finished after 0:00:00.2") as caught:
+        wait(engine, job_id, SOON)
+
+    assert isinstance(caught.value, TimeoutError)
+    assert time.monotonic() - began >= 0.2
+    assert read_job(engine, job_id)["state"] == "retryable"
+
+
+@WAYS
+def test_a_job_that_is_not_there_is_reported(engine: Engine, wait: Wait) -> None:
+    with pytest.raises(JobNotFoundError) as caught:
+        wait(engine, 4711, LONG)
+
+    assert caught.value.job_id == 4711
+
+
+@WAYS
+def test_a_job_that_is_deleted_meanwhile_is_reported(engine: Engine, wait: Wait) -> None:
+    job_id = make_job(engine)
+    raised: list[BaseException] = []
+
+    def waits() -> None:
+        try:
+            wait(engine, job_id, LONG)
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            raised.append(error)
+
+    waiting = threading.Thread(target=waits)
+    waiting.start()
+    eventually(lambda: _looked(engine), what="a first look")
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM river_job"))
+    waiting.join(10)
+
+    assert [type(error) for error in raised] == [JobNotFoundError]
+
+
+def _looked(engine: Engine) -> bool:
+    from sqla_river.wait import _waiting
+
+    return bool(_waiting)
+
+
+def test_an_uncommitted_job_of_its_own_session_raises_at_once(engine: Engine) -> None:
+    with Session(engine) as session:
+        job = enqueue(session, Count())
+        session.flush()
+        with pytest.raises(UncommittedJobError) as caught:
+            wait_for(session, job.id, timeout=LONG)
+        assert caught.value.job_id == job.id
+    with engine.connect() as connection:
+        job = enqueue(connection, Count())
+        with pytest.raises(UncommittedJobError):
+            wait_for(connection, job.id, timeout=LONG)
+
+
+def test_an_uncommitted_job_of_its_own_async_session_raises_at_once(engine: Engine) -> None:
+    from sqla_river.asyncio import enqueue as enqueue_async
+
+    async def wait(own: Any) -> Job:
+        async with AsyncSession(own) as session:
+            job = await enqueue_async(session, Count())
+            await session.flush()
+            return await wait_for_async(session, job.id, timeout=LONG)
+
+    with pytest.raises(UncommittedJobError):
+        _awaited(engine, wait)
+
+
+def test_a_job_that_this_process_finishes_is_known_without_a_look(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqla_river.wait.FIRST_LOOK", 60.0)
+    monkeypatch.setattr("sqla_river.wait.LONGEST_PAUSE", 60.0)
+    for wait in (by_engine, by_async_engine):
+        gate = Gate()
+        (job_id,) = put(engine, 0)
+        ended: list[Any] = []
+        with working(engine, gate):
+            gate.wait(1)
+            waiting = threading.Thread(target=lambda: ended.append(wait(engine, job_id, timedelta(seconds=60))))  # noqa: B023
+            waiting.start()
+            eventually(lambda: _looked(engine), what="a first look")
+            gate.open()
+            waiting.join(10)
+        assert len(ended) == 1
+
+
+def test_a_plain_wait_refuses_an_async_session(engine: Engine) -> None:
+    with pytest.raises(AsyncSessionError):
+        wait_for(AsyncSession(create_async_engine(engine.url)), 1)  # type: ignore[arg-type]
+
+
+def test_a_wait_leaves_nothing_behind(engine: Engine) -> None:
+    own = create_engine(engine.url)
+    with pytest.raises(WaitTimeoutError):
+        wait_for(own, make_job(engine), timeout=SOON)
+
+    assert not _looked(engine)
+    assert own.pool.checkedout() == 0  # type: ignore[attr-defined]
+    own.dispose()
