@@ -84,6 +84,7 @@ async def wait_for(
                 job = await connection.run_sync(look.look, Job)
             if job is not None:
                 return job
+            pause = look.pause()
             with suppress(TimeoutError):
-                await asyncio.wait_for(finished.wait(), look.pause())
+                await asyncio.wait_for(finished.wait(), pause)
             finished.clear()

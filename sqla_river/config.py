@@ -74,9 +74,8 @@ class Settings:
             next_ = _around(middleware, next_)
         passed: Any = next_(rows)
         if not isinstance(passed, list | tuple) or len(cast("Sequence[InsertRow]", passed)) != len(rows):
-            raise ConfigError(
-                f"insert middleware must return the {len(rows)} rows that call_next gives, got {shown(cast('object', passed))}"
-            )
+            got = shown(cast("object", passed))
+            raise ConfigError(f"insert middleware must return the {len(rows)} rows that call_next gives, got {got}")
         return cast("Sequence[InsertRow]", passed)
 
     def row(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:

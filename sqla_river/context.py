@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from sqla_river.errors import InvalidOptionError
@@ -208,10 +209,8 @@ def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
                 job._cancelled.set()
         interrupt = job.interrupt
     if news and interrupt is not None:
-        try:
+        with suppress(RuntimeError):  # its event loop is closed
             interrupt()
-        except RuntimeError:
-            pass  # its event loop is closed
 
 
 def cancel_reason(job: JobContext[Any]) -> CancelReason | None:

@@ -137,7 +137,7 @@ class Executor:
                 self._failed(attempt, error)
         return self._end(attempt)
 
-    # ---- the steps of an attempt ------------------------------------------------------------------------------------------
+    # ---- the steps of an attempt ------------------------------------------------------------
 
     def _begin(self, attempt: "_Attempt") -> Worker:
         row = attempt.row
@@ -238,7 +238,7 @@ class Executor:
         policy = retry if isinstance(retry, _OURS) else RIVER_POLICY
         return states.errored(error, policy.delay(row.attempt), staged_metadata(job))
 
-    # ---- judging a failure ------------------------------------------------------------------------------------------------
+    # ---- judging a failure ------------------------------------------------------------
 
     def _judge(
         self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
@@ -336,7 +336,7 @@ class _Attempt:
 
 
 class _Exit(NamedTuple):
-    """A SystemExit or KeyboardInterrupt of a handler: raised out of a task, they would end the event loop."""
+    """A SystemExit, KeyboardInterrupt or GeneratorExit of a handler: they would end the event loop, or all who await."""
 
     error: BaseException
 
@@ -345,7 +345,7 @@ async def _awaited(call: Callable[..., Any], job: JobContext[Any], *session: Any
     try:
         outcome = call(job, *session)
         return await cast("Awaitable[object]", outcome) if isinstance(outcome, Awaitable) else outcome
-    except (SystemExit, KeyboardInterrupt) as error:
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
         return _Exit(error)
 
 

@@ -53,6 +53,8 @@ CONTROL: Final = "river_control"
 TOPICS: Final = ("river_insert", CONTROL)
 INTERRUPT_TIMEOUT: Final = 5.0
 """Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
+FETCH_TIMEOUT: Final = 2.0
+"""Seconds for a fetch that is on its way when nothing else is left."""
 FLUSH_TIMEOUT: Final = 0.7
 """Seconds for the last results, beyond what is left of the stop's own time."""
 READY_TIMEOUT: Final = 10.0
@@ -60,7 +62,7 @@ READY_TIMEOUT: Final = 10.0
 
 
 def new_runner_id() -> str:
-    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation, so that no token is ever used twice."""
+    """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation: no token is ever used twice."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
     return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
 
@@ -188,7 +190,7 @@ class Incarnation:
         )
         self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
 
-    # ---- the arrows between the stations ----------------------------------------------------------------------------------
+    # ---- the arrows between the stations ------------------------------------------------------------
 
     def _deliver(self, rows: list[JobRow]) -> None:
         if self.stopping:
@@ -321,7 +323,7 @@ class Incarnation:
         self.completer.flush(lambda: self._flush_by)
         self.completer.close()
 
-    # ---- life -------------------------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------
 
     def start(self) -> None:
         atexit.register(_stop_at_exit, weakref.ref(self))
@@ -372,12 +374,14 @@ class Incarnation:
         atexit.unregister(_stop_at_exit)
         self._fetching.stop()
         self._give_back(self._threads.take_back())
-        if not self._finish_by(began + soft, hurried=1) and self._unfinished:
-            log.warning(
-                "%d jobs still run after %.1f s and are interrupted", len(self._unfinished), time.monotonic() - began
-            )
+        if not self._finish_by(began + soft, hurried=1):
+            if self._unfinished:
+                took = time.monotonic() - began
+                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._unfinished), took)
             self.executor.interrupt()
-            if not self._finish_by(time.monotonic() + INTERRUPT_TIMEOUT, hurried=2):
+            # What a fetch on its way brings must go back before the last results are written.
+            patience = INTERRUPT_TIMEOUT if self._unfinished else FETCH_TIMEOUT
+            if not self._finish_by(time.monotonic() + patience, hurried=2) and self._unfinished:
                 left = list(self._unfinished.values())
                 log.error(
                     "%d jobs ignore the stop and are left behind: %s",
@@ -394,7 +398,7 @@ class Incarnation:
             self._listener.stop()
             self._listener.join(0.1)
         self._beating.join(0.1)
-        self._event_loop.join(0.2)
+        self._event_loop.join(0.1)
         log.info("runner %s has stopped", self.id)
 
     def _write_the_last(self, deadline: float) -> None:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from psycopg import sql
@@ -41,37 +42,38 @@ class Listener:
         self._topics = topics
         self._heard = heard
         self._stopping = threading.Event()
-        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read: socket.socket
+        self._wake_write: socket.socket
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.ready = threading.Event()
         """Set while LISTEN is in force."""
         self.moved = time.monotonic()
 
     def start(self) -> None:
+        self._wake_read, self._wake_write = socket.socketpair()
         self._thread.start()
 
     def stop(self) -> None:
         """Ask the thread to end, without waiting for it."""
         self._stopping.set()
-        self._wake_write.send(b"x")
+        with suppress(OSError):  # it has ended, and closed its sockets
+            self._wake_write.send(b"x")
 
     def join(self, timeout: float) -> None:
-        """Wait at most *timeout* seconds for the thread's end, then close what it used."""
+        """Wait at most *timeout* seconds for the thread's end."""
         self._thread.join(timeout)
-        if not self._thread.is_alive():
-            self._wake_read.close()
-            self._wake_write.close()
 
     def _run(self) -> None:
         backoff = Backoff(log, "listen")
-        while not self._stopping.is_set():
-            try:
-                self._listen(backoff)
-            except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
-                self.ready.clear()
-                self._own.close()
-                self._stopping.wait(backoff.failed(error))
-        self._own.close()
+        with self._wake_read, self._wake_write:
+            while not self._stopping.is_set():
+                try:
+                    self._listen(backoff)
+                except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
+                    self.ready.clear()
+                    self._own.close()
+                    self._stopping.wait(backoff.failed(error))
+            self._own.close()
 
     def _listen(self, backoff: Backoff) -> None:
         connection = self._own.get()

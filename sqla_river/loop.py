@@ -11,8 +11,9 @@ log: Final = logging.getLogger(__name__)
 
 
 class Backoff:
-    """How long to wait after an error: 50 ms doubling to *longest*, jittered. Says the first of a row, and then one line a
-    second at most.
+    """How long to wait after an error: 50 ms doubling to *longest* seconds, jittered.
+
+    Says the first of a row, and then one line a second at most.
     """
 
     _FIRST = 0.05
@@ -27,7 +28,8 @@ class Backoff:
     def failed(self, error: BaseException) -> float:
         """Note *error*; seconds to wait before the next try."""
         self._failures += 1
-        pause = min(self._longest, self._FIRST * 2.0 ** min(self._failures - 1, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+        pause = min(self._longest, self._FIRST * 2.0 ** min(self._failures - 1, 10))
+        pause *= random.uniform(0.5, 1.0)  # noqa: S311
         now = time.monotonic()
         if now - self._said_at >= 1.0:
             self._said_at = now

@@ -155,8 +155,13 @@ class EventLoop:
         """Where the handler of *row* awaits; nothing if it is not known here."""
         if self._loop is None:
             return ""
-        frames = [task.get_stack() for task in asyncio.all_tasks(self._loop) if task.get_name() == _name(row)]
-        return "".join(line for stack in frames for frame in stack for line in traceback.format_stack(frame, 1))
+        lines: list[str] = []
+        for task in asyncio.all_tasks(self._loop):
+            coroutine: Any = task.get_coro() if task.get_name() == _name(row) else None
+            while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+                lines += traceback.format_stack(frame, 1)
+                coroutine = coroutine.cr_await
+        return "".join(lines)
 
     def look(self) -> None:
         """Say so if a handler blocks the loop, once each time. Called by the watch, about every second."""

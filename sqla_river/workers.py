@@ -133,7 +133,7 @@ class Workers:
 
         def register(handler: Callable[..., Any], /) -> Callable[..., Any]:
             _check_call(kind, handler, 2 if transactional else 1)
-            is_async = inspect.iscoroutinefunction(handler)
+            is_async = any(map(inspect.iscoroutinefunction, (handler, getattr(handler, "__call__", None))))  # noqa: B004
             kinds = (kind, *map(check_kind, kind_aliases))
             self._add([Worker(each, args, handler, timeout, retry, transactional, is_async) for each in kinds])
             return handler

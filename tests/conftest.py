@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--rounds"))
+    rounds: int = request.config.getoption("--rounds")
+    return rounds
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,7 +45,8 @@ def make_runner(
     with engine.begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO river_runner (id, heartbeat_at, lease, alone) VALUES (:id, now() - :silent, :lease, :alone) "
+                "INSERT INTO river_runner (id, heartbeat_at, lease, alone) "
+                "VALUES (:id, now() - :silent, :lease, :alone) "
                 "ON CONFLICT (id) DO UPDATE SET heartbeat_at = excluded.heartbeat_at, alone = excluded.alone"
             ),
             {"id": runner_id, "silent": silent, "lease": LEASE, "alone": alone},
@@ -93,9 +94,7 @@ def make_heart(
 ) -> Heartbeat:
     """A heartbeat whose thread is the test."""
     slots = {"default": 1}
-    return Heartbeat(
-        own, runner_id, slots, every, lease, unfinished=lambda: unfinished, lost=lost, learnt=learnt
-    )
+    return Heartbeat(own, runner_id, slots, every, lease, unfinished=lambda: unfinished, lost=lost, learnt=learnt)
 
 
 class Clock:
@@ -127,7 +126,7 @@ class Clock:
 @contextmanager
 def working(
     engine: Engine, handler: Workers | Callable[[JobContext[Count]], Any], slots: int = 4, **settings: Any
-) -> Iterator[Runner]:
+) -> Generator[Runner]:
     """A started runner of the queue ``default``, with a short lease."""
     if isinstance(handler, Workers):
         workers = handler
@@ -139,11 +138,11 @@ def working(
         yield runner
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 class Ledger:
-    """What handlers did, written outside the database: one line for each, appended by whole writes, which a kill does not undo."""
+    """What handlers did, written outside the database: a line for each, appended whole, which a kill does not undo."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,7 +158,7 @@ class Ledger:
 
 
 def spawn(program: str, *arguments: object) -> "subprocess.Popen[bytes]":
-    """A Python process that runs *program*; its words go to the standard error of this one only when they are errors."""
+    """A Python process that runs *program*, and says only what it has to complain of."""
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
         cwd=ROOT,

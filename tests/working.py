@@ -89,6 +89,15 @@ def outcome(engine: Engine, workers: Workers | Handler, within: float = 10.0, **
         return settled(engine, job_id, within)
 
 
+def begun(runner: Runner, count: int) -> None:
+    """Wait until the handlers of so many jobs run: a row says so a little sooner."""
+
+    def run() -> bool:
+        return runner._incarnation is not None and len(runner._incarnation.executor.running) == count
+
+    eventually(run, what=f"{count} handlers to run")
+
+
 def errors(row: Any) -> list[str]:
     """The messages of what went wrong in a job's attempts."""
     return [error["error"] for error in row["all_errors"] or []]

@@ -16,7 +16,7 @@ ORDER BY i.relname"""
 
 
 def reindex(schema: str | None, index: str) -> str:
-    """Make *index* anew, CONCURRENTLY: not in a transaction. Cut short, it leaves an invalid ``<index>_ccnew`` behind."""
+    """Make *index* anew, CONCURRENTLY: not in a transaction. Cut short, it leaves an invalid ``<index>_ccnew``."""
     return f'REINDEX INDEX CONCURRENTLY {qualifier(schema)}"{index}"'
 
 
@@ -26,7 +26,7 @@ def drop_leftover(schema: str | None, index: str) -> str:
 
 
 def leftovers(found: list[str]) -> list[str]:
-    """Of the indexes *found*, those that a REINDEX which was cut short has left: invalid copies, ``_ccnew``, ``_ccnew1``, ``_ccold``."""
+    """Of the indexes *found*, the copies that a REINDEX which was cut short has left: ``_ccnew``, ``_ccnew1``, ``_ccold``."""
     return [
         name
         for name in found

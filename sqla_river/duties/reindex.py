@@ -13,9 +13,9 @@ TIMEOUT: Final = "60s"
 
 
 class Reindex:
-    """One index a batch, so that other duties have their turn in between. What a batch that was cut short leaves, the next run drops.
+    """One index a batch, so that other duties have their turn in between.
 
-    REINDEX CONCURRENTLY waits for every transaction that is older, on this connection: give it to a runner that has
+    What a batch that was cut short leaves, the next run drops. REINDEX CONCURRENTLY waits for every transaction that is older, on this connection: give it to a runner that has
     company, or rescue waits as long.
     """
 

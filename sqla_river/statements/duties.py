@@ -47,7 +47,7 @@ from sqla_river.statements.words import (
 )
 from sqla_river.tables import river_duty, river_queue, river_runner, river_suspect
 
-# ---- claiming ---------------------------------------------------------------------------------------------------------
+# ---- claiming --------------------------------------------------------------------------------------------------------
 
 _name: Final = bindparam("p_name", type_=Text)
 _every: Final = bindparam("p_every", type_=Interval)
@@ -88,7 +88,7 @@ POSTPONE_DUTY: Final = (
     update(river_duty).where(river_duty.c.name == _name).values(due_at=NOW + bindparam("p_after", type_=Interval))
 )
 
-# ---- rescue -----------------------------------------------------------------------------------------------------------
+# ---- rescue ----------------------------------------------------------------------------------------------------------
 
 OUR_ID: Final[ColumnElement[Any]] = literal("'^[A-Za-z0-9_-]{1,60}:[0-9]+:[0-9a-f]{16}$'")
 """The shape of a runner's id: what stands before the slash of a token. Go's clients name themselves otherwise."""
@@ -280,7 +280,7 @@ DELETE_CLEARED: Final = delete(river_suspect).where(
     literal("river_suspect.ctid") == func.any(func.array(_cleared.scalar_subquery()))
 )
 
-# ---- prune, clean -----------------------------------------------------------------------------------------------------
+# ---- prune, clean ----------------------------------------------------------------------------------------------------
 
 
 def _prune(name: str) -> Delete:

@@ -1,6 +1,6 @@
 """Due on time: what the timer asks of the database, and how often."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
@@ -12,22 +12,34 @@ from sqlalchemy import Engine, text
 from sqla_river import fetch as fetching
 from sqla_river.fetch import Fetcher
 from sqla_river.rows import JobRow
-from sqla_river.states import JobState
 from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
-from tests.making import Count, Plan, count_states, explain, make_fetcher, make_job, make_jobs, opened, own_settings, read_job
+from sqla_river.states import JobState
+from tests.making import (
+    Count,
+    Plan,
+    count_states,
+    explain,
+    make_fetcher,
+    make_job,
+    make_jobs,
+    opened,
+    own_settings,
+    read_job,
+)
 
 Mode = Literal["generic", "custom"]
 SCHEDULED = "INSERT INTO river_job (kind, args, state, scheduled_at) SELECT 'count', '{}', 'scheduled', "
 
 
-# ---- plans --------------------------------------------------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 
 def _fill(engine: Engine, future: int) -> None:
     """*future* jobs that are due in the next year, 100 that are due, and 1,000 available ones."""
     with engine.begin() as connection:
         connection.execute(
-            text(f"{SCHEDULED} now() + interval '1 hour' + n * interval '25 seconds' FROM generate_series(1, :n) n"), {"n": future}
+            text(f"{SCHEDULED} now() + interval '1 hour' + n * interval '25 seconds' FROM generate_series(1, :n) n"),
+            {"n": future},
         )
         connection.execute(text(f"{SCHEDULED} now() - n * interval '1 second' FROM generate_series(1, 100) n"))
     make_jobs(engine, 1_000)
@@ -37,7 +49,9 @@ def _fill(engine: Engine, future: int) -> None:
 
 def _explained(engine: Engine, statement: Any, parameters: dict[str, Any], mode: Mode) -> Plan:
     with engine.begin() as connection:
-        return explain(connection, None, statement, parameters, plan=mode, settings={"enable_seqscan": "off", "jit": "off"})
+        return explain(
+            connection, None, statement, parameters, plan=mode, settings={"enable_seqscan": "off", "jit": "off"}
+        )
 
 
 ASKED = {"p_queues": ["default"], "p_slots": [100], "p_kinds": [Count.kind], "p_token": "test/1"}
@@ -83,11 +97,11 @@ def test_a_schedule_with_nothing_due_reads_next_to_nothing(engine: Engine) -> No
     assert plan.buffers < 12, (plan, plan.buffers)
 
 
-# ---- the timer ------------------------------------------------------------------------------------------------------------
+# ---- the timer -------------------------------------------------------------------------------------------------------
 
 
 class Time:
-    """A local clock that goes only as far as the loop asks to wait; what it told the database in a minute is counted."""
+    """A local clock that goes only as far as the loop asks to wait."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -107,7 +121,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 @contextmanager
-def counting(engine: Engine, local: Time, **settings: Any) -> Iterator[tuple[Fetcher, list[str]]]:
+def counting(engine: Engine, local: Time, **settings: Any) -> Generator[tuple[Fetcher, list[str]]]:
     """A fetcher on `local` time, and the names of the statements that it executes."""
     named = {id(getattr(fetching, name)): name for name in dir(fetching) if name.isupper()}
     sent: list[str] = []
@@ -118,7 +132,7 @@ def counting(engine: Engine, local: Time, **settings: Any) -> Iterator[tuple[Fet
             sent.append(named.get(id(statement), str(statement)))
             return execute(statement, *rest)
 
-        own.execute = note  # type: ignore[method-assign]
+        setattr(own, "execute", note)  # noqa: B010
         delivered: list[JobRow] = []
         yield make_fetcher(own, delivered, **settings), sent
 
@@ -196,9 +210,9 @@ def test_the_runners_of_a_fleet_do_not_all_fire_for_one_job(engine: Engine, loca
                     fired.append("fired")
                 return execute(statement, *rest)
 
-            own.execute = note  # type: ignore[method-assign]
+            setattr(own, "execute", note)  # noqa: B010
             fetcher.step()
-            own.execute = execute  # type: ignore[method-assign]
+            setattr(own, "execute", execute)  # noqa: B010
 
     assert fired == ["fired"]
     assert count_states(engine) == {"available": 1}

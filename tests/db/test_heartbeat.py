@@ -1,6 +1,5 @@
 """The heartbeat: when a runner is fresh, when it may take others for dead, and what it learns after a gap."""
 
-import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -59,7 +58,7 @@ def both(local: Monotonic, clock: Clock) -> Both:
     return Both(local, clock)
 
 
-# ---- fresh ------------------------------------------------------------------------------------------------------------
+# ---- fresh -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_runner_without_a_beat_is_not_fresh_and_may_nothing(engine: Engine, local: Monotonic) -> None:
@@ -81,7 +80,9 @@ def test_a_runner_is_fresh_until_five_sixths_of_its_lease(engine: Engine, local:
         assert heart.fresh
 
 
-def test_a_lease_counts_from_before_the_beat_is_sent(engine: Engine, local: Monotonic, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_counts_from_before_the_beat_is_sent(
+    engine: Engine, local: Monotonic, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with opened(engine) as own:
         heart = make_heart(own, new_id())
         execute = own.execute
@@ -99,10 +100,10 @@ def test_a_lease_counts_from_before_the_beat_is_sent(engine: Engine, local: Mono
 def test_nothing_may_be_fetched_before_the_runner_knows_of_suspects(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Fleet] = []
+    seen: list[bool] = []
+
     with opened(engine) as own:
-        heart = make_heart(own, new_id(), learnt=lambda fleet: told.append(fleet) or seen.append(heart.beaten))  # type: ignore[func-returns-value]
-        seen: list[bool] = []
+        heart = make_heart(own, new_id(), learnt=lambda fleet: seen.append(heart.beaten))
         heart.step()
 
     assert seen == [False]
@@ -131,7 +132,7 @@ def test_a_beat_comes_as_often_as_asked_however_long_it_took(engine: Engine, loc
         assert make_heart(own, new_id(), every=5.0).step() == 5.0
 
 
-# ---- may it rescue ------------------------------------------------------------------------------------------------------
+# ---- may it rescue ---------------------------------------------------------------------------------------------------
 
 
 def test_a_runner_may_rescue_once_it_has_kept_its_own_heartbeat_for_a_lease(both: Both, clock: Clock) -> None:
@@ -226,7 +227,7 @@ def test_the_dead_are_still_found_after_the_clock_was_set_back(both: Both, clock
     assert len(freed) == 1
 
 
-# ---- after a gap --------------------------------------------------------------------------------------------------------
+# ---- after a gap -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asleep", [False, True], ids=["the database was away", "the machine slept"])
@@ -248,7 +249,9 @@ def test_after_a_gap_a_runner_learns_which_jobs_it_lost_and_keeps_the_others(
         assert told == []
         both.go(0.0 if asleep else 60.0, database=60.0)
         with clock.engine.begin() as connection:  # what a rescuer made of them meanwhile
-            connection.execute(text("UPDATE river_job SET state = 'available' WHERE id IN (:a, :b)"), {"a": lost, "b": again})
+            connection.execute(
+                text("UPDATE river_job SET state = 'available' WHERE id IN (:a, :b)"), {"a": lost, "b": again}
+            )
             connection.execute(
                 text("UPDATE river_job SET state = 'completed', finalized_at = now() WHERE id = :a"), {"a": ended}
             )
@@ -284,7 +287,7 @@ def test_a_gap_is_made_good_only_once_the_lost_are_known(
     assert heart.fresh
 
 
-# ---- what it learns -----------------------------------------------------------------------------------------------------
+# ---- what it learns --------------------------------------------------------------------------------------------------
 
 
 def test_a_beat_learns_the_rank_the_suspects_and_what_is_to_be_cancelled(engine: Engine) -> None:
@@ -335,7 +338,11 @@ def test_long_jobs_are_kept_fresh_for_rivers_rescuer_while_a_go_client_leads(eng
             )
         make_heart(own, owner).step()
 
-    assert {job_id: text_of(engine, job_id) == before[job_id] for job_id in before} == {long: False, young: True, others: True}
+    assert {job_id: text_of(engine, job_id) == before[job_id] for job_id in before} == {
+        long: False,
+        young: True,
+        others: True,
+    }
     assert read_job(engine, long)["token"] == f"{owner}/1"
 
 

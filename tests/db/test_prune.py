@@ -11,8 +11,8 @@ from sqlalchemy import Engine, event, text
 from sqla_river import store
 from sqla_river.duties.prune import BATCH, PRUNE, Clean, Prune
 from sqla_river.options import Retention
-from sqla_river.states import FINALIZED, JobState
 from sqla_river.statements import PRUNE_COMPLETED
+from sqla_river.states import FINALIZED, JobState
 from sqla_river.store import OwnConnection
 from tests.crashing import make_runner, new_id, runners
 from tests.making import count_states, eventually, explain, fetch, make_job, make_jobs, opened, read_jobs
@@ -35,7 +35,7 @@ def _left(engine: Engine) -> list[int]:
     return [row["id"] for row in read_jobs(engine)]
 
 
-# ---- retention ----------------------------------------------------------------------------------------------------------
+# ---- retention -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("state", "age"), [("completed", DAY), ("cancelled", DAY), ("discarded", 7 * DAY)])
@@ -55,9 +55,10 @@ def test_by_default_finished_jobs_stay_for_a_day_and_discarded_ones_for_a_week(
 def test_each_state_has_its_own_retention(engine: Engine, state: JobState) -> None:
     jobs = {each: make_job(engine, state=each, finished_ago=HOUR) for each in sorted(FINALIZED)}
     ages: dict[str, Any] = {each.value: 2 * HOUR for each in FINALIZED}
+    ages[state.value] = HOUR - SECOND
 
     with opened(engine) as own:
-        prune(own, Retention(**{**ages, state.value: HOUR - SECOND}))
+        prune(own, Retention(**ages))
 
     assert _left(engine) == sorted(job_id for each, job_id in jobs.items() if each != state)
 
@@ -111,7 +112,7 @@ def test_a_job_that_has_not_finished_never_goes(engine: Engine, state: JobState)
     assert count_states(engine) == {state.value: 1}
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_is_a_thousand_rows_the_oldest_first(engine: Engine) -> None:
@@ -197,7 +198,12 @@ def _prune_under_load(engine: Engine, rows: int) -> None:
     assert set(states) <= {"completed", "running"}
     assert batches[0] >= rows // BATCH
     with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM river_job WHERE finalized_at < now() - interval '1 day'")).scalar() == 0
+        assert (
+            connection.execute(
+                text("SELECT count(*) FROM river_job WHERE finalized_at < now() - interval '1 day'")
+            ).scalar()
+            == 0
+        )
 
 
 def test_prune_under_load_blocks_nobody(engine: Engine) -> None:
@@ -209,13 +215,13 @@ def test_a_million_finished_rows_go_without_blocking_anybody(engine: Engine) -> 
     _prune_under_load(engine, 1_000_000)
 
 
-# ---- at the same moment -------------------------------------------------------------------------------------------------
+# ---- at the same moment ----------------------------------------------------------------------------------------------
 
 RETRY = """UPDATE river_job SET state = 'available', finalized_at = NULL, scheduled_at = now() WHERE id = :id"""
 
 
 def test_a_job_that_is_just_being_retried_is_passed_by(engine: Engine) -> None:
-    retried, other = make_jobs(engine, 2, state=JobState.COMPLETED, finished_ago=2 * DAY)
+    retried, _ = make_jobs(engine, 2, state=JobState.COMPLETED, finished_ago=2 * DAY)
 
     with engine.begin() as theirs, opened(engine) as own:
         theirs.execute(text(RETRY), {"id": retried})
@@ -229,7 +235,7 @@ def test_a_job_that_is_just_being_retried_is_passed_by(engine: Engine) -> None:
 
 def test_a_job_retried_between_the_read_and_the_delete_stays(engine: Engine, url: str) -> None:
     """The DELETE has read the row and is held before it locks it; the retry commits; then the DELETE goes on."""
-    retried, other = make_jobs(engine, 2, state=JobState.COMPLETED, finished_ago=2 * DAY)
+    retried, _ = make_jobs(engine, 2, state=JobState.COMPLETED, finished_ago=2 * DAY)
     with engine.begin() as connection:
         # The reading half of the statement stops here, with its snapshot taken.
         connection.execute(text("CREATE TABLE held (id int PRIMARY KEY)"))
@@ -291,9 +297,7 @@ def test_jobs_retried_by_hand_under_an_aggressive_prune_are_never_lost(engine: E
     pruning = threading.Thread(target=work)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         pruning.start()
-        for job_id in reversed(jobs):
-            if connection.execute(text(RETRY), {"id": job_id}).rowcount:
-                kept.append(job_id)
+        kept += [job_id for job_id in reversed(jobs) if connection.execute(text(RETRY), {"id": job_id}).rowcount]
     stop.set()
     pruning.join(20)
 
@@ -301,7 +305,7 @@ def test_jobs_retried_by_hand_under_an_aggressive_prune_are_never_lost(engine: E
     assert _left(engine) == sorted(kept)
 
 
-# ---- clean --------------------------------------------------------------------------------------------------------------
+# ---- clean -----------------------------------------------------------------------------------------------------------
 
 
 def clean(own: OwnConnection) -> None:
@@ -312,8 +316,9 @@ def test_a_queue_untouched_for_a_day_goes_and_a_paused_one_never(engine: Engine)
     with engine.begin() as connection:
         connection.execute(
             text(
-                "INSERT INTO river_queue (name, updated_at, paused_at) VALUES ('old', now() - interval '25 hours', NULL), "
-                "('young', now() - interval '23 hours', NULL), ('paused', now() - interval '1 year', now() - interval '1 year')"
+                "INSERT INTO river_queue (name, updated_at, paused_at) VALUES "
+                "('old', now() - interval '25 hours', NULL), ('young', now() - interval '23 hours', NULL), "
+                "('paused', now() - interval '1 year', now() - interval '1 year')"
             )
         )
 
@@ -321,13 +326,19 @@ def test_a_queue_untouched_for_a_day_goes_and_a_paused_one_never(engine: Engine)
         clean(own)
 
     with engine.connect() as connection:
-        assert list(connection.execute(text("SELECT name FROM river_queue ORDER BY name")).scalars()) == ["paused", "young"]
+        assert list(connection.execute(text("SELECT name FROM river_queue ORDER BY name")).scalars()) == [
+            "paused",
+            "young",
+        ]
 
 
 def test_a_queue_that_is_just_being_paused_or_touched_stays_and_nobody_waits(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(
-            text("INSERT INTO river_queue (name, updated_at) SELECT unnest(array['a', 'b', 'c']), now() - interval '2 days'")
+            text(
+                "INSERT INTO river_queue (name, updated_at) "
+                "SELECT unnest(array['a', 'b', 'c']), now() - interval '2 days'"
+            )
         )
 
     with engine.begin() as theirs, opened(engine, lock_timeout="100ms") as own:
@@ -354,7 +365,7 @@ def test_a_runners_row_goes_ten_leases_after_its_last_word_unless_a_job_names_it
     assert runners(engine) == sorted([*kept, owner])
 
 
-# ---- plans --------------------------------------------------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 Mode = Literal["generic", "custom"]
 
@@ -368,7 +379,7 @@ def test_prune_walks_its_index_and_reads_no_more_than_it_deletes(engine: Engine,
         connection.execute(text("VACUUM ANALYZE river_job"))
 
     with engine.begin() as connection:
-        parameters = {"p_age": DAY, "p_queue": None, "p_others": []}
+        parameters: dict[str, Any] = {"p_age": DAY, "p_queue": None, "p_others": []}
         plan = explain(connection, None, PRUNE_COMPLETED, parameters, plan=mode, settings={"enable_seqscan": "off"})
 
     assert plan.indexes == {"river_job_finalized_idx"}, plan

@@ -19,7 +19,8 @@ def _indexes(engine: Engine, schema: str = "public") -> dict[str, tuple[int, boo
     with engine.connect() as connection:
         rows = connection.execute(
             text(
-                "SELECT i.relname, i.relfilenode::bigint AS file, x.indisvalid FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid "
+                "SELECT i.relname, i.relfilenode::bigint AS file, x.indisvalid "
+                "FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid "
                 "WHERE x.indrelid = CAST(:table AS regclass)"
             ),
             {"table": f"{schema}.river_job"},
@@ -71,11 +72,10 @@ def test_a_reindex_that_was_cut_short_three_times_leaves_nothing_after_the_next(
         theirs.execute(text("LOCK river_job IN ROW EXCLUSIVE MODE"))  # a transaction that it has to wait for
         with monkeypatch.context() as hasty:
             hasty.setattr(reindex, "TIMEOUT", "100ms")
+            own.execute(text("SET lock_timeout = '100ms'"))
             for _ in range(3):
                 with pytest.raises(OperationalError):
-                    own.execute(text("SET lock_timeout = '100ms'")) and own.execute(
-                        text("REINDEX INDEX CONCURRENTLY river_job_fetch_idx")
-                    )
+                    own.execute(text("REINDEX INDEX CONCURRENTLY river_job_fetch_idx"))
             with pytest.raises(OperationalError):
                 Reindex().do(own)
     assert not all(valid for _, valid in _indexes(engine).values())

@@ -13,9 +13,8 @@ from sqlalchemy import Engine, make_url, text
 
 from sqla_river import store
 from sqla_river.duties.rescue import BATCH, Rescue
-from sqla_river.states import JobState
 from sqla_river.statements import RESCUE_STUCK, UPSERT_RUNNER
-from sqla_river.store import OwnConnection
+from sqla_river.states import JobState
 from tests.crashing import FOR_EVER, LEASE, make_heart, make_runner, new_id, runners, silence, suspects, sweep
 from tests.making import (
     Plan,
@@ -35,7 +34,7 @@ DEAD = timedelta(seconds=31)
 GO = "some-host_2026_03_01T10_00_00_000000"
 
 
-# ---- what becomes of a job ----------------------------------------------------------------------------------------------------
+# ---- what becomes of a job -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attempt", [1, 5, 24])
@@ -58,7 +57,13 @@ def test_a_rescue_is_counted_and_noted_as_an_error_of_rivers_shape(engine: Engin
     began = "2026-03-01T10:00:00.123456Z"
     before = {"at": began, "attempt": 2, "error": "boom", "trace": "there"}
     job_id = make_job(
-        engine, state=JobState.RUNNING, token=f"{owner}/7", attempt=3, attempted_at=began, errors=[before], metadata={"a": 1}
+        engine,
+        state=JobState.RUNNING,
+        token=f"{owner}/7",
+        attempt=3,
+        attempted_at=began,
+        errors=[before],
+        metadata={"a": 1},
     )
 
     with opened(engine) as own:
@@ -153,7 +158,8 @@ def test_a_job_whose_unique_key_is_taken_is_discarded_with_that_reason_and_the_o
     make_job(engine, unique_key="taken", unique_states=waiting)
     keys = ("taken", "twice", "twice")
     jobs = [
-        make_job(engine, state=JobState.RUNNING, token=f"{owner}/7", unique_key=key, unique_states=waiting) for key in keys
+        make_job(engine, state=JobState.RUNNING, token=f"{owner}/7", unique_key=key, unique_states=waiting)
+        for key in keys
     ]
     healthy = make_jobs(engine, 3, state=JobState.RUNNING, token=f"{owner}/7")
 
@@ -166,7 +172,7 @@ def test_a_job_whose_unique_key_is_taken_is_discarded_with_that_reason_and_the_o
     assert {read_job(engine, job_id)["state"] for job_id in healthy} == {"available"}
 
 
-# ---- whose jobs -----------------------------------------------------------------------------------------------------------------
+# ---- whose jobs ------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_of_a_living_runner_is_left_alone_however_long_it_runs(engine: Engine) -> None:
@@ -271,7 +277,7 @@ def test_a_runner_whose_heartbeat_lies_in_the_future_is_dead_one_lease_later(eng
         assert len(sweep(own)) == 1
 
 
-# ---- who may ----------------------------------------------------------------------------------------------------------------------
+# ---- who may ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_rescue_that_arrives_after_its_time_finds_nobody_dead(engine: Engine) -> None:
@@ -292,14 +298,7 @@ def test_a_runner_that_may_not_rescue_is_not_entitled() -> None:
     assert Rescue(lambda: FOR_EVER, lambda freed: None).entitled()
 
 
-# ---- at the same moment -------------------------------------------------------------------------------------------------------------
-
-
-def _beat(own: OwnConnection, owner: str) -> None:
-    own.execute(
-        UPSERT_RUNNER,
-        {"p_id": owner, "p_queues": ["default"], "p_slots": [1], "p_version": "1", "p_lease": LEASE},
-    )
+# ---- at the same moment ----------------------------------------------------------------------------------------------
 
 
 def test_an_owner_that_is_just_renewing_its_row_is_passed_by(engine: Engine) -> None:
@@ -372,9 +371,9 @@ def test_many_who_rescue_at_once_free_each_job_once(engine: Engine) -> None:
 
     assert len(freed) == 2_800
     assert set(freed.values()) == {1}
-    assert {(row["state"], row["metadata"]["river:rescue_count"], len(row["all_errors"])) for row in read_jobs(engine)} == {
-        ("available", 1, 1)
-    }
+    assert {
+        (row["state"], row["metadata"]["river:rescue_count"], len(row["all_errors"])) for row in read_jobs(engine)
+    } == {("available", 1, 1)}
 
 
 def test_a_sweep_frees_a_thousand_at_a_time_in_order(engine: Engine) -> None:
@@ -390,7 +389,7 @@ def test_a_sweep_frees_a_thousand_at_a_time_in_order(engine: Engine) -> None:
     assert freed == [jobs[:BATCH], jobs[BATCH : 2 * BATCH], jobs[2 * BATCH :]]
 
 
-# ---- who hears of it ------------------------------------------------------------------------------------------------------------------
+# ---- who hears of it -------------------------------------------------------------------------------------------------
 
 
 def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) -> None:
@@ -412,7 +411,7 @@ def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) ->
     assert sorted(heard, key=str) == [{"queue": "a"}, {"queue": "b"}, {"queue": "d", "suspects": True}]
 
 
-# ---- suspects ------------------------------------------------------------------------------------------------------------------------
+# ---- suspects --------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_that_met_two_deaths_is_a_suspect_until_it_has_finished(engine: Engine) -> None:
@@ -482,7 +481,9 @@ def test_a_suspect_calls_for_its_turn_at_once(engine: Engine) -> None:
     owner = make_runner(engine, silent=DEAD)
     make_job(engine, state=JobState.RUNNING, token=f"{owner}/1")
     with engine.begin() as connection:
-        connection.execute(text("INSERT INTO river_duty (name, due_at) VALUES ('isolate', now() + interval '2 minutes')"))
+        connection.execute(
+            text("INSERT INTO river_duty (name, due_at) VALUES ('isolate', now() + interval '2 minutes')")
+        )
 
     def due(connection: Any) -> bool:
         return bool(connection.execute(text("SELECT due_at <= now() FROM river_duty WHERE name = 'isolate'")).scalar())
@@ -495,7 +496,7 @@ def test_a_suspect_calls_for_its_turn_at_once(engine: Engine) -> None:
         assert due(own)
 
 
-# ---- plans ---------------------------------------------------------------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 Mode = Literal["generic", "custom"]
 
@@ -511,7 +512,12 @@ def test_a_sweep_reads_the_running_jobs_and_no_others(engine: Engine, mode: Mode
 
     with engine.begin() as connection:
         plan: Plan = explain(
-            connection, None, RESCUE_STUCK, {"p_schema": None, "p_until": FOR_EVER}, plan=mode, settings={"enable_seqscan": "off"}
+            connection,
+            None,
+            RESCUE_STUCK,
+            {"p_schema": None, "p_until": FOR_EVER},
+            plan=mode,
+            settings={"enable_seqscan": "off"},
         )
 
     assert "river_job_running_idx" in plan.indexes, plan

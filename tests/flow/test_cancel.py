@@ -17,7 +17,7 @@ from sqla_river.asyncio import cancel as cancel_async
 from sqla_river.errors import JobNotFoundError
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, count_states, eventually, make_job, make_jobs, read_job, read_jobs, text_of
-from tests.working import HOUR, SLOW_POLL, errors, handling, put, settled, working
+from tests.working import HOUR, SLOW_POLL, begun, errors, handling, put, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_cancelled_job_never_runs_again_whatever_its_handler_does(
 def test_a_cancelled_job_that_a_stop_interrupts_is_cancelled(engine: Engine) -> None:
     (job_id,) = put(engine, 0)
     with working(engine, raises_soon, listen=False, heartbeat=timedelta(seconds=10)) as runner:
-        eventually(lambda: read_job(engine, job_id)["state"] == "running", what="the start")
+        begun(runner, 1)
         cancel_now(engine, job_id)
         runner.stop(timedelta(0))
 

@@ -1,9 +1,10 @@
 """Jobs that start when they are due, through a whole Runner."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -19,20 +20,28 @@ SLOW_POLL: Final = timedelta(minutes=5)
 
 
 @contextmanager
-def noting(engine: Engine, answer: Any = None, **settings: Any) -> Iterator[list[tuple[int, datetime]]]:
+def noting(engine: Engine, answer: Any = None, **settings: Any) -> Generator[list[tuple[int, datetime]]]:
     """A runner, and when each attempt began; *answer* is what the handler does the first time."""
     began: list[tuple[int, datetime]] = []
     workers = Workers()
 
-    @workers.register(Count, **settings)
     def work(job: JobContext[Count]) -> Any:
         began.append((job.id, datetime.now(UTC)))
         if answer is not None and [job_id for job_id, _ in began].count(job.id) == 1:
             return answer()
         return None
 
+    workers.register(Count, **settings)(work)
     with Runner(engine, workers, queues={"default": 10}, poll=SLOW_POLL, stop_timeout=timedelta(seconds=3)):
         yield began
+
+
+def _has(began: list[Any], count: int) -> bool:
+    return len(began) == count
+
+
+def _is_past(moment: datetime) -> bool:
+    return datetime.now(UTC) > moment
 
 
 def _late(engine: Engine) -> float:
@@ -62,10 +71,11 @@ def test_a_job_whose_transaction_commits_after_its_time_starts_at_once(engine: E
             with session.begin():
                 job = enqueue(session, Count(number), scheduled_at=timedelta(milliseconds=100))
                 session.flush()
-                eventually(lambda due=job.scheduled_at: datetime.now(UTC) > due + timedelta(seconds=0.2))  # type: ignore[misc]
+                late = job.scheduled_at + timedelta(seconds=0.2)
+                eventually(partial(_is_past, late), what="its time")
                 assert len(began) == number
             committed = datetime.now(UTC)
-            eventually(lambda number=number: len(began) == number + 1, what="the start")  # type: ignore[misc]
+            eventually(partial(_has, began, number + 1), what="the start")
             assert began[-1][1] - committed < timedelta(seconds=1)
 
 
@@ -79,14 +89,18 @@ def test_a_retry_and_a_snooze_start_on_time(engine: Engine, how: str) -> None:
         raise RuntimeError("the first time")
 
     late: list[float] = []
-    with noting(engine, answer, retry=Exponential(base=delay, factor=1)) as began, Session(engine, expire_on_commit=False) as session:
+    with (
+        noting(engine, answer, retry=Exponential(base=delay, factor=1)) as began,
+        Session(engine, expire_on_commit=False) as session,
+    ):
         for number in range(3):
             with session.begin():
                 job = enqueue(session, Count(number))
-            eventually(lambda number=number: len(began) == 2 * number + 1, what="the first attempt")  # type: ignore[misc]
+            eventually(partial(_has, began, 2 * number + 1), what="the first attempt")
             job_id = job.id
-            due = eventually(lambda job_id=job_id: _waits_until(engine, job_id))  # type: ignore[misc]
-            eventually(lambda number=number: len(began) == 2 * number + 2, what="the second attempt")  # type: ignore[misc]
+            due = eventually(partial(_waits_until, engine, job_id), what="the next time")
+            assert due is not None
+            eventually(partial(_has, began, 2 * number + 2), what="the second attempt")
             late.append((began[-1][1] - due).total_seconds())
 
     assert min(late) >= -0.001

@@ -20,7 +20,7 @@ from sqla_river.runner import Runner
 from tests.crashing import QUICK, make_runner
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, working
+from tests.working import HOUR, begun, errors, handling, outcome, put, working
 
 Next = Callable[[JobContext[Any]], Any]
 SOON = timedelta(seconds=10)
@@ -205,6 +205,7 @@ def test_the_error_handler_is_not_asked_about_wishes_and_interrupts(engine: Engi
     put(engine, 0, 1, 2)
     with working(engine, handler, 3, on_error=lambda job, _: told.append(job.args)) as runner:
         eventually(lambda: count_states(engine) == {"scheduled": 1, "cancelled": 1, "running": 1}, what="all")
+        begun(runner, 1)
         runner.stop(timedelta(0))
 
     assert told == []
@@ -365,6 +366,7 @@ def test_every_end_of_a_job_is_an_event(engine: Engine) -> None:
     subscription = runner.subscribe()
     with runner:
         eventually(lambda: count_states(engine).get("running") == 1 and count_states(engine).get("available") is None)
+        begun(runner, 1)
     subscription.close()
     events = {event.job_id: event for event in subscription}
 
@@ -388,7 +390,7 @@ def test_events_come_after_their_commit(engine: Engine) -> None:
 
 def test_a_job_cancelled_from_outside_is_an_event(engine: Engine) -> None:
     gate = Gate()
-    slow = {"heartbeat": timedelta(seconds=10)}
+    slow: dict[str, Any] = {"heartbeat": timedelta(seconds=10)}
     with working(engine, gate, **slow) as runner, runner.subscribe("cancelled") as subscription:
         (job_id,) = put(engine, 0)
         gate.wait(1)

@@ -1,8 +1,9 @@
-"""Every order in which the statements of two runners, a rescuer, a scheduler, a canceller, a pruner and a retrying hand can meet on one job.
+"""Every order in which two runners, a rescuer, a scheduler, a canceller, a pruner and a hand can meet on one job.
 
-The real statements run on a real database, one after the other, in one transaction that is rolled back to where the orders part: so
-now() stands still, equal rows are equal in every byte, and an order that leads to where another has been need not be followed
-again. Orders are counted, all the same. River's own statements, at the end, show that this finds what it looks for.
+The real statements run on a real database, one after the other, in one transaction that is rolled back to where the
+orders part: so now() stands still, equal rows are equal in every byte, and an order that leads to where another has
+been need not be followed again. Orders are counted, all the same. River's own statements, at the end, show that this
+finds what it looks for.
 """
 
 import math
@@ -15,7 +16,6 @@ from sqlalchemy import Connection, create_engine, text
 
 from sqla_river import states, store
 from sqla_river.complete import settle_parameters
-from sqla_river.states import FINALIZED, AttemptError, JobState, Transition
 from sqla_river.statements import (
     COMPLETE_JOBS,
     FETCH_AVAILABLE,
@@ -27,6 +27,7 @@ from sqla_river.statements import (
     SCHEDULE_DUE,
     SETTLE_JOBS,
 )
+from sqla_river.states import FINALIZED, AttemptError, Transition
 from tests.conftest import _database
 from tests.crashing import FOR_EVER
 from tests.making import Count, make_job
@@ -64,6 +65,7 @@ class Past(NamedTuple):
     """Acknowledged since a hand retried it last."""
 
 
+NOTHING: Final = Past()
 Do = Callable[[Connection, int], bool]
 """One statement on one job; whether it says that it did something."""
 
@@ -89,7 +91,9 @@ def _outcome(token: str, name: str, transition: Transition) -> Operation:
     def do(connection: Connection, job_id: int) -> bool:
         if transition is states.completed():
             return bool(store.execute(connection, None, COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [token]}).all())
-        return bool(store.execute(connection, None, SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).all())
+        return bool(
+            store.execute(connection, None, SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).all()
+        )
 
     return Operation(f"{name} by {token}", do, "outcome", token, transition)
 
@@ -108,8 +112,11 @@ def _schedule(connection: Connection, _: int) -> bool:
 
 
 def _prune(connection: Connection, _: int) -> bool:
-    over = {"p_age": timedelta(seconds=-1), "p_queue": None, "p_others": []}
-    found = [store.execute(connection, None, prune, over).rowcount for prune in (PRUNE_COMPLETED, PRUNE_CANCELLED, PRUNE_DISCARDED)]
+    over: dict[str, Any] = {"p_age": timedelta(seconds=-1), "p_queue": None, "p_others": []}
+    found = [
+        store.execute(connection, None, prune, over).rowcount
+        for prune in (PRUNE_COMPLETED, PRUNE_CANCELLED, PRUNE_DISCARDED)
+    ]
     return any(found)
 
 
@@ -174,8 +181,9 @@ STARTS: Final[dict[str, dict[str, Any]]] = {
 
 READ: Final = text(
     """
-    SELECT j.state::text, j.attempt, j.max_attempts, j.attempted_by[cardinality(j.attempted_by)], j.scheduled_at <= now(),
-           j.metadata ? 'cancel_attempted_at', coalesce(cardinality(j.errors), 0), coalesce(s.deaths, 0), j::text || coalesce(s::text, '')
+    SELECT j.state::text, j.attempt, j.max_attempts, j.attempted_by[cardinality(j.attempted_by)],
+           j.scheduled_at <= now(), j.metadata ? 'cancel_attempted_at', coalesce(cardinality(j.errors), 0),
+           coalesce(s.deaths, 0), j::text || coalesce(s::text, '')
     FROM river_job j LEFT JOIN river_suspect s ON s.job_id = j.id WHERE j.id = :id"""
 )
 
@@ -185,7 +193,7 @@ def _read(connection: Connection, job_id: int) -> Row | None:
     return Row(*row) if row is not None else None
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def _expected(operation: Operation, row: Row) -> tuple[str | None, int, str | None, int]:
@@ -227,33 +235,42 @@ def _check(operation: Operation, before: Row, after: Row | None, said: bool, pas
         return past, f"it said {said} and did {changed}"
     if not said and after is not None and after.whole != before.whole:
         return past, "it said nothing and changed the row"
+    past, broken = _remember(operation, before, after, said, past)
+    return past, broken or (_misfit(operation, before, after, said) if after is not None else None)
+
+
+def _remember(operation: Operation, before: Row, after: Row | None, said: bool, past: Past) -> tuple[Past, str | None]:
+    """What is past now, and what of the past was broken."""
     if operation.kind == "fetch" and said and operation.token is not None:
         if operation.token in past.fetched:
             return past, "a token was used twice"
-        if before.marked:
-            return past, "a job that was to be cancelled began again"
         past = past._replace(fetched=past.fetched | {operation.token})
     if operation.kind == "retry" and said:
         past = past._replace(ended=None, completions=0)
-    if past.ended is not None and after is not None and after.state != past.ended:
-        return past, f"{past.ended} was acknowledged and undone"
     if after is None:
         return past, None if before.state in FINALIZED else "the job is lost"
+    if past.ended is not None and after.state != past.ended:
+        return past, f"{past.ended} was acknowledged and undone"
     if said and after.state in FINALIZED:
         completions = past.completions + (operation.kind == "outcome" and after.state == "completed")
         past = past._replace(ended=after.state, completions=completions)
-    if past.completions > 1:
-        return past, "it completed twice"
+    return past, "it completed twice" if past.completions > 1 else None
+
+
+def _misfit(operation: Operation, before: Row, after: Row, said: bool) -> str | None:
+    """What may not be, whatever has happened."""
+    if operation.kind == "fetch" and said and before.marked:
+        return "a job that was to be cancelled began again"
     if after.state == "available" and not after.due and before.state != "available":
-        return past, "available and not due"
+        return "available and not due"
     if after.marked and after.state in WAITING:
-        return past, "a job that is to be cancelled waits to begin again"
+        return "a job that is to be cancelled waits to begin again"
     if operation.kind == "rescue" and said and before.token == A and after.deaths != before.deaths + 1:
-        return past, "a death was not counted"
-    return past, None
+        return "a death was not counted"
+    return None
 
 
-# ---- the orders -------------------------------------------------------------------------------------------------------
+# ---- the orders ------------------------------------------------------------------------------------------------------
 
 
 class Found(NamedTuple):
@@ -289,7 +306,9 @@ class Explorer:
         self._freed: set[str] = set()
         self.broken: list[str] = []
 
-    def explore(self, row: Row | None, path: tuple[str, ...] = (), at: tuple[int, ...] = (), past: Past = Past()) -> Found:
+    def explore(
+        self, row: Row | None, path: tuple[str, ...] = (), at: tuple[int, ...] = (), past: Past = NOTHING
+    ) -> Found:
         at = at or (0,) * len(self._actors)
         left = [len(actor) - done for actor, done in zip(self._actors, at, strict=True)]
         if row is None:  # nobody finds it any more
@@ -359,7 +378,8 @@ def _explore(
     connection.rollback()
     connection.execute(
         text(
-            "INSERT INTO river_runner (id, heartbeat_at) VALUES (:dead, now() - interval '1 hour'), (:alive, now() + interval '1 hour')"
+            "INSERT INTO river_runner (id, heartbeat_at) "
+            "VALUES (:dead, now() - interval '1 hour'), (:alive, now() + interval '1 hour')"
         ),
         {"dead": DEAD, "alive": ALIVE},
     )
@@ -382,7 +402,7 @@ def connection(server: str, template: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-# ---- the campaigns ----------------------------------------------------------------------------------------------------
+# ---- the campaigns ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
@@ -404,7 +424,9 @@ def _everything(outcome: str, other: str) -> list[Sequence[Operation]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("other", OUTCOMES)
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_nor_any_order_with_a_cancel_a_prune_and_a_retry_by_hand(connection: Connection, outcome: str, other: str) -> None:
+def test_nor_any_order_with_a_cancel_a_prune_and_a_retry_by_hand(
+    connection: Connection, outcome: str, other: str
+) -> None:
     for start in STARTS.values():
         found, broken = _explore(connection, start, _everything(outcome, other))
 
@@ -449,16 +471,18 @@ def test_no_three_operations_break_anything_in_any_state(connection: Connection,
     assert found == Found(math.perm(len(ALL), 3), 0), broken[:5]
 
 
-# ---- the control ------------------------------------------------------------------------------------------------------
+# ---- the control -----------------------------------------------------------------------------------------------------
 
 
 def _rivers(*, fenced: bool, guarded: bool) -> list[Sequence[Operation]]:
-    """River's own statements: a rescue that reads and then writes by id, and an outcome that asks only whether the job runs."""
+    """River's own: a rescue that reads and then writes by id, and an outcome that asks only whether the job runs."""
     stuck = f"state = 'running' AND attempted_by[cardinality(attempted_by)] = '{A}'"
 
     def complete(token: str) -> Operation:
         ours = f" AND attempted_by[cardinality(attempted_by)] = '{token}'" if fenced else ""
-        done = f"UPDATE river_job SET state = 'completed', finalized_at = now() WHERE id = :id AND state = 'running'{ours}"
+        done = (
+            f"UPDATE river_job SET state = 'completed', finalized_at = now() WHERE id = :id AND state = 'running'{ours}"
+        )
 
         def do(connection: Connection, job_id: int) -> bool:
             # Unfenced, it returns the row whether it changed or not: the caller commits its effect.
@@ -467,10 +491,11 @@ def _rivers(*, fenced: bool, guarded: bool) -> list[Sequence[Operation]]:
         return Operation(f"complete by {token}", do, "outcome", token, states.completed())
 
     read = f"INSERT INTO seen SELECT id FROM river_job WHERE id = :id AND {stuck}"
-    write = "UPDATE river_job SET state = 'retryable', scheduled_at = now(), finalized_at = NULL WHERE id = (SELECT id FROM seen)"
+    write = "UPDATE river_job SET state = 'retryable', scheduled_at = now(), finalized_at = NULL "
+    write += "WHERE id = (SELECT id FROM seen)"
     write += f" AND {stuck}" if guarded else ""
     rescue = (Operation("read the stuck", _sql(read), "read"), Operation("free the stuck", _sql(write), "write"))
-    work = Operation("work", lambda connection, job_id: False, "look")
+    work = Operation("work", _insert_lost, "look")
     return [(work, complete(A)), rescue, SCHEDULE, (_fetch(B), complete(B))]
 
 
@@ -494,7 +519,9 @@ def _check_rivers(
 @pytest.mark.parametrize(
     ("fenced", "guarded", "violations"), [(False, False, 462), (False, True, 210), (True, False, 210), (True, True, 0)]
 )
-def test_rivers_own_statements_are_found_out(connection: Connection, fenced: bool, guarded: bool, violations: int) -> None:
+def test_rivers_own_statements_are_found_out(
+    connection: Connection, fenced: bool, guarded: bool, violations: int
+) -> None:
     connection.rollback()
     connection.execute(text("CREATE TEMP TABLE IF NOT EXISTS seen (id bigint)"))
     connection.commit()

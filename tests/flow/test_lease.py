@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,8 @@ def work(job):
         note(job.cancelled.reason.replace(" ", "_"), job.id)
     note("end", job.id)
 
-runner = Runner(create_engine(url), workers, queues={"default": 5}, heartbeat=timedelta(seconds=0.5), lease=timedelta(seconds=3))
+times = {"heartbeat": timedelta(seconds=0.5), "lease": timedelta(seconds=3)}
+runner = Runner(create_engine(url), workers, queues={"default": 5}, **times)
 runner.start()
 while not os.path.exists(ledger + ".leave"):
     note("stale", runner.stale)
@@ -70,7 +72,7 @@ def _may_rescue(runner: Runner) -> bool:
     return incarnation._heart.kept is not None
 
 
-# ---- the dead -----------------------------------------------------------------------------------------------------------
+# ---- the dead --------------------------------------------------------------------------------------------------------
 
 
 def test_jobs_of_a_killed_runner_run_again_after_a_lease_and_a_sweep(url: str, engine: Engine, tmp_path: Path) -> None:
@@ -102,7 +104,10 @@ def test_the_first_runner_that_starts_frees_what_the_dead_left_behind(engine: En
     make_jobs(engine, 3, state="running", token="host:1:00000000000000aa/1")
     with engine.begin() as connection:
         connection.execute(
-            text("INSERT INTO river_runner (id, heartbeat_at) VALUES ('host:1:00000000000000aa', now() - interval '1 hour')")
+            text(
+                "INSERT INTO river_runner (id, heartbeat_at) "
+                "VALUES ('host:1:00000000000000aa', now() - interval '1 hour')"
+            )
         )
 
     with working(engine, gate):
@@ -165,7 +170,7 @@ def test_a_runner_that_comes_back_tells_the_jobs_it_lost_so(url: str, engine: En
     }
 
 
-# ---- the living ---------------------------------------------------------------------------------------------------------
+# ---- the living ------------------------------------------------------------------------------------------------------
 
 
 def _lives_on(url: str, engine: Engine, ledger: Ledger, manner: str, freeze: float = 0.0) -> None:
@@ -227,11 +232,16 @@ def _beats(engine: Engine, count: int) -> bool:
 
     def read() -> dict[str, Any]:
         with engine.connect() as connection:
-            return {row.id: row.heartbeat_at for row in connection.execute(text("SELECT id, heartbeat_at FROM river_runner"))}
+            return {
+                row.id: row.heartbeat_at
+                for row in connection.execute(text("SELECT id, heartbeat_at FROM river_runner"))
+            }
+
+    def renewed(before: dict[str, Any]) -> bool:
+        return all(id_ in before and at > before[id_] for id_, at in read().items())
 
     for _ in range(count):
-        before = read()
-        eventually(lambda then=before: all(id_ in then and at > then[id_] for id_, at in read().items()), what="a beat")  # type: ignore[misc]
+        eventually(partial(renewed, read()), what="a beat")
     return True
 
 
@@ -308,7 +318,8 @@ def test_a_runner_out_of_touch_fetches_nothing_keeps_its_jobs_and_then_tells_tho
             waiting = make_job(engine)
             with engine.begin() as others:
                 others.execute(
-                    text("UPDATE river_job SET attempted_by = array_append(attempted_by, 'other/1') WHERE id = :id"), {"id": lost}
+                    text("UPDATE river_job SET attempted_by = array_append(attempted_by, 'other/1') WHERE id = :id"),
+                    {"id": lost},
                 )
             moved = incarnation._fetching.moved
             eventually(lambda: incarnation._fetching.moved > moved + 0.2, what="some steps of the fetch")

@@ -15,7 +15,7 @@ from sqla_river.context import LONGEST_OUTPUT
 from sqla_river.errors import InvalidOptionError
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, settled, working
+from tests.working import HOUR, begun, errors, handling, outcome, put, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_output_and_metadata_are_kept_when_a_stop_interrupts(engine: Engine) -> 
 
     (job_id,) = put(engine, 0)
     with working(engine, handler) as runner:
-        eventually(all_are(engine, "running", 1))
+        begun(runner, 1)
         runner.stop(timedelta(0))
 
     row = read_job(engine, job_id)
@@ -114,7 +114,7 @@ def test_output_may_be_one_mebibyte_of_json_and_no_more(engine: Engine) -> None:
 
     def handler(job: JobContext[Count]) -> None:
         job.output("x" * (LONGEST_OUTPUT - 2))
-        for value in ("x" * (LONGEST_OUTPUT - 1), ["é" * (LONGEST_OUTPUT // 6)], object(), float("inf"), "\0"):
+        for value in ("x" * (LONGEST_OUTPUT - 1), ["é" * (LONGEST_OUTPUT // 6 + 1)], object(), float("inf"), "\0"):
             with pytest.raises(InvalidOptionError) as caught:
                 job.output(value)
             refused.append(caught.value)

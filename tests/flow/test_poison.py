@@ -3,6 +3,7 @@
 import subprocess
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +34,8 @@ def work(job):
         os._exit(1)
     os.write(book, f"end {job.id} {os.getpid()}\\n".encode())
 
-Runner(create_engine(url), workers, queues={"default": 20}, heartbeat=timedelta(seconds=0.5), lease=timedelta(seconds=2)).run()
+times = {"heartbeat": timedelta(seconds=0.5), "lease": timedelta(seconds=2)}
+Runner(create_engine(url), workers, queues={"default": 20}, **times).run()
 """
 
 
@@ -69,11 +71,15 @@ def _a_killer_among(good: int, url: str, engine: Engine, ledger: Ledger, within:
     alone = [pid for word, job_id, pid in ledger.lines() if word == "start" and int(job_id) == killer][2:]
     for pid in alone:  # nothing was running beside it, and what ran before had ended
         lines = [(word, int(job_id)) for word, job_id, by in ledger.lines() if by == pid]
-        assert {job_id for word, job_id in lines if word == "start"} - {job_id for word, job_id in lines if word == "end"} == {killer}
+        assert {job_id for word, job_id in lines if word == "start"} - {
+            job_id for word, job_id in lines if word == "end"
+        } == {killer}
         assert lines[-1] == ("start", killer)
 
 
-def test_a_killer_among_two_thousand_is_discarded_after_three_deaths_alone(url: str, engine: Engine, tmp_path: Path) -> None:
+def test_a_killer_among_two_thousand_is_discarded_after_three_deaths_alone(
+    url: str, engine: Engine, tmp_path: Path
+) -> None:
     _a_killer_among(2_000, url, engine, Ledger(tmp_path / "ledger"), within=120)
 
 
@@ -97,7 +103,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "ALONE_FOR", 0.5)
 
 
-def test_a_long_job_that_met_two_deaths_runs_alone_for_a_while_and_then_beside_others(engine: Engine, hasty: None) -> None:
+def test_a_long_job_that_met_two_deaths_runs_alone_for_a_while_and_then_beside_others(
+    engine: Engine, hasty: None
+) -> None:
     gate = Gate()
     long = _suspect(engine, args={"number": 1})
     ran: list[int] = []
@@ -171,7 +179,7 @@ def test_a_runner_with_a_long_job_of_its_own_does_not_stand_empty_for_a_suspect(
             made += 1
             time.sleep(0.02)
         eventually(lambda: len(ran) == made, what="the others")
-        gaps = [after - before for before, after in zip(ran, ran[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(ran)]
         assert sum(gap for gap in gaps if gap > 0.3) < 1.0, gaps  # one turn, not one after the other
         assert read_job(engine, suspect)["state"] == "available"
         gate.open()
@@ -180,7 +188,9 @@ def test_a_runner_with_a_long_job_of_its_own_does_not_stand_empty_for_a_suspect(
 
 def _isolating(engine: Engine) -> bool:
     with engine.connect() as connection:
-        found = connection.execute(text("SELECT due_at > now() + interval '1 minute' FROM river_duty WHERE name = 'isolate'"))
+        found = connection.execute(
+            text("SELECT due_at > now() + interval '1 minute' FROM river_duty WHERE name = 'isolate'")
+        )
         return bool(found.scalar())
 
 
@@ -202,4 +212,6 @@ def test_a_suspect_in_a_paused_queue_costs_nobody_a_turn(engine: Engine, hasty: 
 
 def _asked_for_a_turn(engine: Engine) -> bool:
     with engine.connect() as connection:
-        return bool(connection.execute(text("SELECT done_at IS NOT NULL FROM river_duty WHERE name = 'isolate'")).scalar())
+        return bool(
+            connection.execute(text("SELECT done_at IS NOT NULL FROM river_duty WHERE name = 'isolate'")).scalar()
+        )

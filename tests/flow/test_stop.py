@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session
 import sqla_river
 from sqla_river import JobContext, Snooze, Workers
 from tests.database import emptied, shared_database
-from tests.making import Count, Greet, all_are, count_states, eventually, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, put, released, working
+from tests.making import Count, Gate, Greet, all_are, count_states, eventually, make_jobs, read_job, read_jobs
+from tests.working import HOUR, begun, errors, handling, put, released, working
 
 ROOT: Final = Path(sqla_river.__file__).parent.parent
 NONE: Final = timedelta(0)
@@ -46,7 +46,7 @@ def test_async_jobs_may_finish_within_the_stop_timeout(engine: Engine) -> None:
 
     put(engine, *range(3))
     with working(engine, handler) as runner:
-        eventually(all_are(engine, "running", 3))
+        begun(runner, 3)
         runner.stop(timedelta(seconds=20))
 
     assert reasons == [None] * 3
@@ -64,7 +64,7 @@ def test_async_jobs_that_a_stop_interrupts_get_their_attempt_back(engine: Engine
 
     put(engine, *range(3))
     with working(engine, handler) as runner:
-        eventually(all_are(engine, "running", 3))
+        begun(runner, 3)
         began = time.monotonic()
         runner.stop(NONE)
         took = time.monotonic() - began
@@ -93,7 +93,7 @@ def test_a_normal_return_after_an_interrupt_is_completed_and_a_wish_is_a_wish(en
 
     put(engine, 0, 1, 2)
     with working(engine, plain if colour == "plain" else awaited) as runner:
-        eventually(all_are(engine, "running", 3))
+        begun(runner, 3)
         runner.stop(NONE)
 
     assert [row["state"] for row in read_jobs(engine)] == ["completed", "scheduled", "scheduled"]
@@ -112,7 +112,7 @@ def test_an_async_handler_that_swallows_everything_is_left_behind_and_its_job_gi
 
     put(engine, 0)
     with working(engine, handler) as runner:
-        eventually(all_are(engine, "running", 1))
+        begun(runner, 1)
         began = time.monotonic()
         runner.stop(NONE)
         took = time.monotonic() - began
@@ -131,7 +131,7 @@ def test_a_handler_that_blocks_the_loop_cannot_block_a_stop(engine: Engine) -> N
 
         put(engine, 0)
         with working(engine, handler) as runner:
-            eventually(all_are(engine, "running", 1))
+            begun(runner, 1)
             began = time.monotonic()
             runner.stop(NONE)
             took = time.monotonic() - began
@@ -151,7 +151,7 @@ def test_effects_of_a_transactional_handler_that_is_left_behind_are_rolled_back(
 
         (job_id,) = put(engine, 0)
         with working(engine, handling(handler, transactional=True)) as runner:
-            eventually(all_are(engine, "running", 1))
+            begun(runner, 1)
             runner.stop(NONE)
 
     row = read_job(engine, job_id)
@@ -172,7 +172,7 @@ def test_an_interrupted_transactional_handler_leaves_nothing_and_one_that_return
 
     put(engine, 0, 1)
     with working(engine, handling(handler, transactional=True)) as runner:
-        eventually(all_are(engine, "running", 2))
+        begun(runner, 2)
         runner.stop(NONE)
 
     assert [(row["state"], row["attempt"]) for row in read_jobs(engine)] == [("available", 0), ("completed", 1)]
@@ -286,3 +286,29 @@ def _fetchers(engine: Engine) -> int:
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE :name"
         )
         return int(connection.execute(text(found), {"name": "sqla\\_river:fetch:%"}).scalar_one())
+
+
+def _fetch_waits(engine: Engine) -> bool:
+    with engine.connect() as connection:
+        found = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE :name AND wait_event_type = 'Lock'"
+        return bool(connection.execute(text(found), {"name": "sqla\\_river:fetch:%"}).scalar_one())
+
+
+def test_what_a_fetch_on_its_way_brings_goes_back(engine: Engine) -> None:
+    gate = Gate()
+    with working(engine, gate, listen=False) as runner:
+        incarnation = runner._incarnation
+        assert incarnation is not None
+        with engine.connect() as holder:
+            holder.execute(text("LOCK TABLE river_queue IN ACCESS EXCLUSIVE MODE"))
+            put(engine, *range(4))
+            eventually(lambda: _fetch_waits(engine), what="the fetch to wait for the lock")
+            stopping = threading.Thread(target=runner.stop, args=(NONE,))
+            stopping.start()
+            eventually(
+                lambda: incarnation.executor._interrupted or not stopping.is_alive(), what="the soft phase to end"
+            )
+        stopping.join(10)
+
+    assert gate.started == []
+    assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
