@@ -336,7 +336,7 @@ class _Attempt:
 
 
 class _Exit(NamedTuple):
-    """A SystemExit, KeyboardInterrupt or GeneratorExit of a handler: they would end the event loop, or all who await."""
+    """A SystemExit, KeyboardInterrupt or GeneratorExit of a handler: they would end the loop, or all who await."""
 
     error: BaseException
 
@@ -364,5 +364,3 @@ def _wish(attempt: int, outcome: object, metadata: str | None) -> Transition:
 
 def _cancel_error(attempt: int, cancel: Cancel, trace: str = "") -> AttemptError:
     return AttemptError(attempt, failure.storable(f"JobCancelError: {cancel.reason}", 2_000), trace)
-
-

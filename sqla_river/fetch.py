@@ -118,7 +118,7 @@ class Fetcher:
         self.rank = 0
         self.suspects = False
 
-    # ---- called from other threads ----------------------------------------------------------------------------------------------
+    # ---- called from other threads ---------------------------------------------------------------------------------
 
     def heard(self, queue: str | None) -> None:
         """A notification: a job of *queue*, of any queue where None, is there or due soon."""
@@ -164,7 +164,7 @@ class Fetcher:
         self._wake()
         return True
 
-    # ---- the loop ---------------------------------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------------------------
 
     def step(self) -> float:
         """Schedule what is due, fetch what is available; seconds until the next look."""

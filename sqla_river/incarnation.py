@@ -24,6 +24,7 @@ from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
 from sqla_river.duties import turns
 from sqla_river.duties.prune import Clean, Prune
+from sqla_river.duties.reindex import Reindex
 from sqla_river.duties.rescue import Isolate, Rescue
 from sqla_river.duties.turns import Turns
 from sqla_river.errors import SchemaError
@@ -83,6 +84,7 @@ class Orders:
     heartbeat: float
     lease: float
     retention: Retention
+    reindex: bool
     listen_engine: Engine | None
     middleware: Sequence[WorkMiddleware]
     on_error: ErrorHandler | None
@@ -180,11 +182,12 @@ class Incarnation:
                 Isolate(lambda: self._fetcher.suspects, self._fetcher.begin_alone),
                 Prune(orders.retention),
                 Clean(),
+                *([Reindex()] if orders.reindex else []),
             ],
         )
         self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
         self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
-        self._beating = Loop("sqla_river-heartbeat", self._beat, self._heart.leave)
+        self._beating = Loop("sqla_river-heartbeat", self._beat, self._heart.leave, longest=min(5.0, orders.heartbeat))
         self._maintaining = Loop(
             "sqla_river-duties", lambda: self.turns.step() if self._heart.beaten else 0.1, duties.close
         )
@@ -443,7 +446,7 @@ def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
 
 
 def _notice(payload: str) -> dict[str, Any]:
-    """What a notification says; nothing where it is not to be understood: anybody may send one, and it is only a hint."""
+    """What a notification says; nothing where it makes no sense: anybody may send one, and it is only a hint."""
     try:
         notice = json.loads(payload)
     except (ValueError, RecursionError):

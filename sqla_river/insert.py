@@ -68,7 +68,9 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:
-    """At once: the job is new, or it is the one that holds the key. Both statements are tried twice, for the holder may finish in between."""
+    """At once: the job is new, or it is the one that holds the key. Both statements are tried twice, for the holder
+    may finish in between.
+    """
     connection = connect(session, job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
     for _ in range(2):
@@ -109,7 +111,9 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
 def _insert_block(
     connection: Connection, schema: str | None, block: Sequence[InsertRow], *, returning: bool
 ) -> tuple[list[int | None], set[str], int]:
-    """Plain rows by COPY, unique ones by INSERT; the ids in the order of the block, the queues to announce, and how many were new."""
+    """Plain rows by COPY, unique ones by INSERT; the ids in the order of the block, the queues to announce, and how
+    many were new.
+    """
     plain = [number for number, row in enumerate(block) if row.unique_at is None]
     unique = [number for number, row in enumerate(block) if row.unique_at is not None]
     ids: list[int | None] = [None] * len(block) if returning else []

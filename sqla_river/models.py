@@ -1,6 +1,5 @@
 """`Job`, the mapping of ``river_job``, and `JobMixin`, the same for a Base, MetaData or ``db.Model`` of one's own."""
 
-
 import json
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta

@@ -44,8 +44,8 @@ class Runner:
         river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
         sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class,
             options and events; plain Sessions without it. An async_sessionmaker serves async handlers.
-        async_engine: for async transactional handlers, on the same database; for them alone, since its connections belong to
-            the runner's event loop, and are closed with it.
+        async_engine: for async transactional handlers, on the same database; for them alone, since its connections
+            belong to the runner's event loop, and are closed with it.
         timeout: for workers that have none of their own; None is no timeout.
         retry: for workers that have no policy of their own; River's, attempt^4 seconds, unless said otherwise.
         poll: how often to look for jobs that nobody announced.
@@ -53,6 +53,7 @@ class Runner:
         lease: how long a silent runner keeps its jobs.
         stop_timeout: how long running jobs may go on after `stop`, before they are interrupted.
         retention: how long finished jobs stay.
+        reindex: rebuild our indexes of ``river_job`` once a day, concurrently; autovacuum alone does in most cases.
         listen: whether to LISTEN; or the engine to do it on, where *engine* goes through a transaction pooler.
         middleware: around every handler, the first outermost; see `WorkMiddleware`.
         on_error: called with the job and the exception after each failed attempt; it may answer Cancel.
@@ -79,6 +80,7 @@ class Runner:
         lease: timedelta = timedelta(seconds=30),
         stop_timeout: timedelta = timedelta(seconds=20),
         retention: Retention = Retention(),
+        reindex: bool = False,
         listen: bool | Engine = True,
         middleware: Sequence[WorkMiddleware] = (),
         on_error: ErrorHandler | None = None,
@@ -109,6 +111,7 @@ class Runner:
             heartbeat.total_seconds(),
             lease.total_seconds(),
             retention,
+            reindex,
             (engine if listen else None) if isinstance(listen, bool) else listen,
             tuple(middleware),
             on_error,

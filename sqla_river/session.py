@@ -60,7 +60,7 @@ def mark_changed(session: Session | Connection) -> None:
     """
     zope = sys.modules.get("zope.sqlalchemy")
     if zope is not None and isinstance(session, Session):
-        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE  # noqa: SLF001 - zope has no public word for it
+        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
         if session in joined:
             zope.mark_changed(session)
 

@@ -1,7 +1,8 @@
 """Unique jobs: the key and the mask that River's unique index compares, byte for byte as River makes them.
 
-The text that is hashed is made of what Go's JSON encoder would write. Different from River, on purpose: the period is that of
-``scheduled_at`` (River's client takes the time of the call, so jobs for tomorrow and today collide), and it is counted in UTC.
+The text that is hashed is made of what Go's JSON encoder would write. Different from River, on purpose: the period is
+that of ``scheduled_at`` (River's client takes the time of the call, so jobs for tomorrow and today collide), and it is
+counted in UTC.
 """
 
 import hashlib
@@ -31,12 +32,13 @@ class Unique:
     """What makes a job the same as another one. While such a one holds the key, a second is not put in.
 
     Args:
-        by_args: True for all args, or the names of some (``"customer.id"`` for nested ones). With True, fields that the args
-            class marks as unique are all that counts, if it marks any.
+        by_args: True for all args, or the names of some (``"customer.id"`` for nested ones). With True, fields that
+            the args class marks as unique are all that counts, if it marks any.
         by_queue: jobs of different queues are different.
-        by_period: jobs of different periods are different; counted from the year 1 in UTC, as River does. At least 1 s.
-        by_state: the states in which a job holds its key; at least available, pending, running and scheduled. River's default
-            adds retryable and completed: the same job can come again once the finished one is pruned.
+        by_period: jobs of different periods are different; counted from the year 1 in UTC, as River does. At least 1
+            s.
+        by_state: the states in which a job holds its key; at least available, pending, running and scheduled. River's
+            default adds retryable and completed: the same job can come again once the finished one is pruned.
         exclude_kind: jobs of different kinds may be the same.
         key: a key of one's own, in place of all the rest but `by_state`: ``Unique(key="payment-4711")``.
 
@@ -85,8 +87,9 @@ class Unique:
         """The 32 bytes that stand in ``unique_key``.
 
         Args:
-            kind, queue: the job's.
+            kind: the job's.
             args: its encoded args.
+            queue: where it goes.
             at: when it is due.
             marked: the fields that its class marks as unique.
         """

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -19,8 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> int:
-    rounds: int = request.config.getoption("--rounds")
-    return rounds
+    rounds: Any = request.config.getoption("--rounds")
+    return int(rounds)
 
 
 @pytest.fixture(scope="session")

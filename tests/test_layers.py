@@ -1,4 +1,6 @@
-"""The floors of the house: every import of ours lands on a strictly lower floor, type-only and lazy imports included."""
+"""The floors of the house: every import of ours lands on a strictly lower floor, type-only and lazy imports
+included.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -40,7 +42,11 @@ def _imports(path: Path) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "sqla_river" else [node.module or ""]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "sqla_river"
+                else [node.module or ""]
+            )
         else:
             continue
         for name in names:
@@ -57,7 +63,9 @@ def test_imports_go_down_the_floors_only(path: Path) -> None:
     assert own in FLOOR, f"{own} stands on no floor; give it one"
     for other in _imports(path):
         same_room = own == other and path != PACKAGE / f"{own}.py"
-        assert same_room or FLOOR[other] < FLOOR[own], f"{own} (floor {FLOOR[own]}) imports {other} (floor {FLOOR.get(other)})"
+        assert same_room or FLOOR[other] < FLOOR[own], (
+            f"{own} (floor {FLOOR[own]}) imports {other} (floor {FLOOR.get(other)})"
+        )
 
 
 def test_the_migrations_package_imports_only_the_ddl_of_ours() -> None:
@@ -68,7 +76,9 @@ def test_the_migrations_package_imports_only_the_ddl_of_ours() -> None:
 def _imports_of_the_core(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sqla_river":
-            yield from (alias.name for alias in node.names) if node.module == "sqla_river" else (node.module.split(".")[1],)
+            yield from (
+                (alias.name for alias in node.names) if node.module == "sqla_river" else (node.module.split(".")[1],)
+            )
 
 
 @pytest.mark.parametrize("name", ["errors", "states", "ddl"])
@@ -77,7 +87,13 @@ def test_words_and_data_need_the_standard_library_only(name: str) -> None:
 
     for path in [path for path in MODULES if _home(path) == name]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for each in names:
                 assert each.split(".")[0] in sys.stdlib_module_names or each.startswith(f"sqla_river.{name}")
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final
@@ -10,7 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_river import Runner, Workers, enqueue
+from sqla_river import JobContext, Runner, Workers, enqueue
 from tests.making import Count, eventually, read_job
 
 SLOW_POLL: Final = timedelta(minutes=5)
@@ -37,6 +37,19 @@ def notes(engine: Engine) -> list[str]:
         return list(connection.execute(text("SELECT words FROM note ORDER BY id")).scalars())
 
 
+def nothing(_: JobContext[Any]) -> None:
+    """A handler that has nothing to do."""
+
+
+def after(delay: timedelta) -> Callable[[JobContext[Any]], timedelta]:
+    """A retry callable that always says *delay*."""
+
+    def retry(_: JobContext[Any]) -> timedelta:
+        return delay
+
+    return retry
+
+
 def handling(handler: Handler, **settings: Any) -> Workers:
     """Workers that give every `Count` to *handler*, whatever it takes and returns."""
     workers = Workers()
@@ -45,7 +58,7 @@ def handling(handler: Handler, **settings: Any) -> Workers:
 
 
 @contextmanager
-def working(engine: Engine, workers: Workers | Handler, slots: int = 4, **settings: Any) -> Iterator[Runner]:
+def working(engine: Engine, workers: Workers | Handler, slots: int = 4, **settings: Any) -> Generator[Runner]:
     """A started runner of the queue ``default``."""
     if not isinstance(workers, Workers):
         workers = handling(workers)
@@ -100,11 +113,12 @@ def begun(runner: Runner, count: int) -> None:
 
 def errors(row: Any) -> list[str]:
     """The messages of what went wrong in a job's attempts."""
-    return [error["error"] for error in row["all_errors"] or []]
+    kept: list[dict[str, str]] = row["all_errors"] or []
+    return [error["error"] for error in kept]
 
 
 @contextmanager
-def released() -> Iterator[threading.Event]:
+def released() -> Generator[threading.Event]:
     """An Event that holds handlers which ignore everything, set at the end, so that no thread outlives its test."""
     event = threading.Event()
     before = set(threading.enumerate())

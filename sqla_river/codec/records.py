@@ -177,8 +177,8 @@ class _Compiler:
             return known
         shape = self.growing[key] = Shape(
             name,
-            lambda value: shape.encode(value),  # noqa: PLW0108 - the attribute changes below
-            lambda value: shape.decode(value),  # noqa: PLW0108
+            lambda value: shape.encode(value),
+            lambda value: shape.decode(value),
             frozenset({dict}) if python else frozenset(),
             python,
         )

@@ -15,8 +15,8 @@ TIMEOUT: Final = "60s"
 class Reindex:
     """One index a batch, so that other duties have their turn in between.
 
-    What a batch that was cut short leaves, the next run drops. REINDEX CONCURRENTLY waits for every transaction that is older, on this connection: give it to a runner that has
-    company, or rescue waits as long.
+    What a batch that was cut short leaves, the next run drops. REINDEX CONCURRENTLY waits for every older transaction,
+    on the connection of all duties: give it to a runner that has company, or rescue waits as long.
     """
 
     name = "reindex"

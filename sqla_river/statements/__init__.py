@@ -1,7 +1,7 @@
 """Every statement of the library, named.
 
-Each is built once over the schema-less tables and runs under a ``schema_translate_map`` (``store.py``). States are literals. Bind
-parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
+Each is built once over the schema-less tables and runs under a ``schema_translate_map`` (``store.py``). States are
+literals. Bind parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
 """
 
 from sqla_river.statements.admin import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES

@@ -53,8 +53,8 @@ _done: Final = (
 def _held_by(given: Any, *columns: ColumnElement[Any]) -> Any:
     """The rows of *given* whose fence holds, locked, each with its ctid and its id.
 
-    By LATERAL, so that no plan can be made of it but one look at the primary key for each: joined, a plan that was made
-    while the table was empty walked the whole of it for each batch, until the next ANALYZE.
+    By LATERAL, so that no plan can be made of it but one look at the primary key for each: joined, a plan that was
+    made while the table was empty walked the whole of it for each batch, until the next ANALYZE.
     """
     held = (
         select(literal("w.ctid").label("at"), w.c.id)
@@ -72,8 +72,8 @@ def _held_by(given: Any, *columns: ColumnElement[Any]) -> Any:
 _mine: Final[Any] = _held_by(_done)
 
 # Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in the
-# order of p_ids, which are sorted; none waited for: a row that somebody's open transaction holds is left out and tried again in a batch of its
-# own.
+# order of p_ids, which are sorted; none waited for: a row that somebody's open transaction holds is left out and tried
+# again in a batch of its own.
 COMPLETE_JOBS: Final = (
     update(job)
     .where(CTID.op("=")(func.any(func.array(_mine.scalar_subquery()))), STATE_TEXT == RUNNING)

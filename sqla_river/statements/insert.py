@@ -133,9 +133,10 @@ _values: Final[dict[str, ColumnElement[Any]]] = {
     "unique_states": cast(_unique.c.unique_states, BIT(8)),
 }
 
-# Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. In the order of the keys, so that
-# two callers with the same keys cannot deadlock; it waits while another open transaction holds one of them. DO NOTHING leaves the row
-# that holds the key alone (River's DO UPDATE locks and rewrites it). The second of a key in one block is a duplicate too.
+# Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. In the order
+# of the keys, so that two callers with the same keys cannot deadlock; it waits while another open transaction holds one
+# of them. DO NOTHING leaves the row that holds the key alone (River's DO UPDATE locks and rewrites it). The second of a
+# key in one block is a duplicate too.
 INSERT_UNIQUE_JOBS: Final = (
     pg_insert(job)
     .from_select(

@@ -135,7 +135,7 @@ def test_a_duty_with_more_to_do_goes_on_at_once_and_others_have_their_turn_in_be
     long, other = Chore("long", do=batch), Chore("other")
     with opened(engine) as own:
         mine = Turns(own, [long, other])
-        pauses = []
+        pauses: list[float] = []
         for number in range(6):
             pauses.append(_take_turn(mine))
             if number == 1:

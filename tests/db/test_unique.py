@@ -105,7 +105,7 @@ def test_many_keep_uniqueness_among_themselves_and_against_what_is_there(engine:
     held, _ = put(engine, 1)
     unique = InsertOptions(unique=BY_ARGS)
     with Session(engine) as session, session.begin():
-        items = [(Ping(1), unique), (Ping(2), unique), Ping(2), (Ping(2), unique), (Ping(3), unique)]
+        items: list[Any] = [(Ping(1), unique), (Ping(2), unique), Ping(2), (Ping(2), unique), (Ping(3), unique)]
         inserted = enqueue_many(session, items, returning=True)
 
     assert (inserted.count, inserted.skipped) == (3, 2)

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, text
 from sqla_river import Cancel, JobContext, Snooze, Workers
 from tests.database import emptied, shared_database
 from tests.making import Count, Greet, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, settled, working
+from tests.working import HOUR, errors, handling, nothing, outcome, put, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_the_retry_callable_of_an_async_handler_does_not_run_on_the_loop(engine:
 
 @pytest.mark.usefixtures("engine")
 def test_a_runner_without_async_handlers_has_no_loop(engine: Engine) -> None:
-    with working(engine, lambda _: None) as runner:
+    with working(engine, nothing) as runner:
         make_job(engine)
         eventually(all_are(engine, "completed", 1))
         assert runner.id is not None

@@ -20,7 +20,7 @@ from sqla_river.runner import Runner
 from tests.crashing import QUICK, make_runner
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, begun, errors, handling, outcome, put, working
+from tests.working import HOUR, after, begun, errors, handling, nothing, outcome, put, working
 
 Next = Callable[[JobContext[Any]], Any]
 SOON = timedelta(seconds=10)
@@ -102,7 +102,7 @@ def test_plain_middleware_hands_on_what_an_async_handler_gives(engine: Engine) -
 
 def test_async_middleware_and_plain_handlers_do_not_go_together(engine: Engine) -> None:
     with pytest.raises(ConfigError, match=r"AsyncAround is async, the handlers of count are not"):
-        Runner(engine, handling(lambda _: None), queues={"default": 1}, middleware=[AsyncAround("a", [])]).start()
+        Runner(engine, handling(nothing), queues={"default": 1}, middleware=[AsyncAround("a", [])]).start()
 
 
 def test_middleware_may_change_the_result(engine: Engine) -> None:
@@ -110,7 +110,7 @@ def test_middleware_may_change_the_result(engine: Engine) -> None:
         assert call_next(job) is None
         return Cancel("by middleware")
 
-    row = outcome(engine, lambda _: None, middleware=[Does(cancels)])
+    row = outcome(engine, nothing, middleware=[Does(cancels)])
 
     assert (row["state"], errors(row)) == ("cancelled", ["JobCancelError: by middleware"])
 
@@ -146,7 +146,7 @@ def test_middleware_that_raises_fails_the_attempt_and_harms_nobody_else(engine: 
         return call_next(job)
 
     put(engine, *range(10))
-    with working(engine, lambda _: None, 1, middleware=[Does(raises)]):
+    with working(engine, nothing, 1, middleware=[Does(raises)]):
         eventually(lambda: count_states(engine) == {"retryable": 1, "completed": 9}, what="all")
 
 
@@ -202,8 +202,11 @@ def test_the_error_handler_is_not_asked_about_wishes_and_interrupts(engine: Engi
         assert job.cancelled.wait(10)
         raise RuntimeError
 
+    def on_error(job: JobContext[Any], _: BaseException) -> None:
+        told.append(job.args)
+
     put(engine, 0, 1, 2)
-    with working(engine, handler, 3, on_error=lambda job, _: told.append(job.args)) as runner:
+    with working(engine, handler, 3, on_error=on_error) as runner:
         eventually(lambda: count_states(engine) == {"scheduled": 1, "cancelled": 1, "running": 1}, what="all")
         begun(runner, 1)
         runner.stop(timedelta(0))
@@ -216,7 +219,7 @@ def test_an_error_handler_that_raises_is_passed_over(engine: Engine, handler: An
     def on_error(*_: Any) -> None:
         raise SystemExit
 
-    row = outcome(engine, handling(handler, retry=lambda _: HOUR), on_error=on_error)
+    row = outcome(engine, handling(handler, retry=after(HOUR)), on_error=on_error)
 
     assert (row["state"], errors(row)) == ("retryable", ["ValueError: by handler"])
     assert row["delay"] > timedelta(minutes=59)
@@ -325,7 +328,15 @@ def test_insert_middleware_that_raises_keeps_the_job_out(engine: Engine) -> None
     assert read_jobs(engine) == []
 
 
-@pytest.mark.parametrize("does", [lambda rows, call_next: None, lambda rows, call_next: call_next([*rows, *rows])])
+def drops(_: Sequence[InsertRow], __: Any) -> Any:
+    return None
+
+
+def doubles(rows: Sequence[InsertRow], call_next: Any) -> Any:
+    return call_next([*rows, *rows])
+
+
+@pytest.mark.parametrize("does", [drops, doubles])
 def test_insert_middleware_neither_adds_nor_drops(engine: Engine, does: Any) -> None:
     river = river_with(Inserts(does))
     with pytest.raises(ConfigError, match="must return the 1 rows"):
@@ -381,7 +392,7 @@ def test_every_end_of_a_job_is_an_event(engine: Engine) -> None:
 
 
 def test_events_come_after_their_commit(engine: Engine) -> None:
-    with working(engine, lambda _: None) as runner, runner.subscribe("completed") as subscription:
+    with working(engine, nothing) as runner, runner.subscribe("completed") as subscription:
         for _ in range(20):
             (job_id,) = put(engine, 0)
             assert subscription.get(SOON).job_id == job_id
@@ -402,7 +413,7 @@ def test_a_job_cancelled_from_outside_is_an_event(engine: Engine) -> None:
 def test_rescued_jobs_are_events(engine: Engine) -> None:
     dead = make_runner(engine, silent=timedelta(minutes=5))
     job_id = make_job(engine, state="running", token=f"{dead}/1")
-    runner = Runner(engine, handling(lambda _: None), queues={"default": 1}, **QUICK)
+    runner = Runner(engine, handling(nothing), queues={"default": 1}, **QUICK)
     with runner.subscribe("rescued") as subscription, runner:
         event = subscription.get(SOON)
 
@@ -414,7 +425,7 @@ def test_pause_and_resume_of_its_own_queues_are_events(engine: Engine) -> None:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_notify(current_schema() || '.river_control', :p)"), {"p": payload})
 
-    with working(engine, lambda _: None) as runner, runner.subscribe() as subscription:
+    with working(engine, nothing) as runner, runner.subscribe() as subscription:
         say('{"action": "pause", "queue": "of_others"}')
         say('{"action": "pause", "queue": "default"}')
         say('{"action": "resume", "queue": "*"}')
@@ -424,7 +435,7 @@ def test_pause_and_resume_of_its_own_queues_are_events(engine: Engine) -> None:
 
 
 def test_a_thousand_events_wait_and_more_are_dropped_with_a_count(engine: Engine) -> None:
-    runner = Runner(engine, handling(lambda _: None), queues={"default": 20})
+    runner = Runner(engine, handling(nothing), queues={"default": 20})
     with runner.subscribe() as lazy, runner.subscribe("failed") as other, runner:
         make_jobs(engine, KEPT_EVENTS + 200)
         eventually(all_are(engine, "completed", KEPT_EVENTS + 200), 30)
@@ -466,7 +477,7 @@ def test_unknown_events_are_refused(engine: Engine) -> None:
 
 
 def test_subscriptions_outlive_a_restart(engine: Engine) -> None:
-    runner = Runner(engine, handling(lambda _: None), queues={"default": 1})
+    runner = Runner(engine, handling(nothing), queues={"default": 1})
     with runner.subscribe("completed") as subscription:
         for _ in range(2):
             (job_id,) = put(engine, 0)

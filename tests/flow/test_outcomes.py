@@ -15,7 +15,7 @@ from sqla_river.context import LONGEST_OUTPUT
 from sqla_river.errors import InvalidOptionError
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, begun, errors, handling, outcome, put, settled, working
+from tests.working import HOUR, after, begun, errors, handling, outcome, put, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_retry_after_the_expiry_is_not_run(engine: Engine) -> None:
         raise ValueError
 
     (job_id,) = put(engine, 0, expires=timedelta(seconds=1))
-    with working(engine, handling(handler, retry=lambda _: timedelta(seconds=1.5))):
+    with working(engine, handling(handler, retry=after(timedelta(seconds=1.5)))):
         eventually(lambda: read_job(engine, job_id)["finalized"], what="the end")
 
     row = read_job(engine, job_id)

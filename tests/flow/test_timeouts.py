@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import sqla_river
 from sqla_river import Exponential, JobContext, Workers
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, Greet, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, quietly, released, settled, working
+from tests.working import HOUR, errors, handling, outcome, put, released, settled, working
 
 ROOT: Final = Path(sqla_river.__file__).parent.parent
 SHORT: Final = timedelta(seconds=0.1)
@@ -40,6 +41,10 @@ def engine(url: str) -> Iterator[Engine]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler may ignore its timeout for 0.2 s, not for 10."""
     monkeypatch.setattr("sqla_river.slots.STUCK_AFTER", 0.2)
+
+
+def _waits(release: threading.Event, _: JobContext[Any]) -> None:
+    release.wait(60)
 
 
 def test_the_workers_timeout_goes_before_the_runners(engine: Engine) -> None:
@@ -121,7 +126,7 @@ def test_the_slot_of_a_handler_that_hangs_is_replaced(engine: Engine, impatient:
     gate = Gate(opened=True)
     with released() as release:
         workers = Workers()
-        workers.register(Count, timeout=SHORT, retry=Exponential(HOUR))(lambda _: quietly(lambda: release.wait(60)))
+        workers.register(Count, timeout=SHORT, retry=Exponential(HOUR))(partial(_waits, release))
         workers.register(Greet)(gate)
         put(engine, 0)
         with working(engine, workers, 1):
@@ -186,7 +191,7 @@ def test_effects_of_a_transactional_handler_that_was_given_up_are_rolled_back(en
 def test_a_handler_that_hangs_cannot_block_a_stop(engine: Engine, impatient: None) -> None:
     with released() as release:
         put(engine, 0)
-        workers = handling(lambda _: quietly(lambda: release.wait(60)), timeout=SHORT, retry=Exponential(HOUR))
+        workers = handling(partial(_waits, release), timeout=SHORT, retry=Exponential(HOUR))
         with working(engine, workers, 1, stop_timeout=HOUR) as runner:
             eventually(lambda: count_states(engine) == {"retryable": 1}, what="giving up")
             began = time.monotonic()

@@ -21,7 +21,7 @@ from sqla_river.runner import Runner
 from tests.crashing import bury, spawn
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, Greet, all_are, count_states, eventually, make_jobs, read_job, read_jobs
-from tests.working import HOUR, Base, Note, errors, handling, notes, outcome, put, settled, working
+from tests.working import HOUR, Base, Note, after, errors, handling, notes, outcome, put, settled, working
 
 Writes = Callable[[Session], object]
 KILL: Final = text("SELECT pg_terminate_backend(:pid, 5000)")
@@ -394,7 +394,7 @@ def test_a_backend_killed_at_any_step_stores_nothing_and_the_job_runs_again(
             killed.append(pid)
             kill(other, pid)
 
-    workers = transactional(writes, retry=lambda _: timedelta(0))
+    workers = transactional(writes, retry=after(timedelta(0)))
     (job_id,) = put(other, 0)
     if when == "at_the_commit":
         event.listen(engine, "commit", at_the_commit)
@@ -751,7 +751,7 @@ def test_flask_sqlalchemys_session_is_led_to_the_transaction(engine: Engine, url
     (job_id,) = put(engine, 0)
     try:
         for writes in (fails_after_a_commit, commits):
-            workers = transactional(writes, retry=lambda _: timedelta(0))
+            workers = transactional(writes, retry=after(timedelta(0)))
             with working(theirs, workers, sessions=maker, middleware=[InApp()]):
                 attempt = 1 if writes is fails_after_a_commit else 2
                 eventually(lambda: read_job(engine, job_id)["attempt"] >= attempt, what="the attempt")  # noqa: B023
@@ -778,7 +778,7 @@ def test_a_scoped_session_is_the_session_of_the_job_inside_the_handler(engine: E
             raise ValueError
 
     (job_id,) = put(engine, 0)
-    with working(engine, transactional(uses_it, retry=lambda _: timedelta(0)), sessions=scoped):
+    with working(engine, transactional(uses_it, retry=after(timedelta(0))), sessions=scoped):
         eventually(all_are(engine, "completed", 1))
 
     assert same == [True, True]
@@ -1066,5 +1066,5 @@ def increments(engine: Engine, url: str, jobs: int, kills: int) -> None:
 @pytest.mark.crash
 def test_increments_under_killed_runners_are_exact(engine: Engine, url: str, request: pytest.FixtureRequest) -> None:
     """1,000 of them in CI; 10,000 with ``--rounds 100``."""
-    rounds: int = request.config.getoption("--rounds")
+    rounds = int(request.config.getoption("--rounds") or 10)
     increments(engine, url, jobs=100 * rounds, kills=max(rounds // 5, 2))
