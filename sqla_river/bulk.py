@@ -138,7 +138,7 @@ def _text_array(items: Sequence[str]) -> bytes:
 
 
 def _send(connection: Connection, statement: str, block: bytes) -> None:
-    """One COPY, on the driver's connection; an error of it is raised, and the connection judged, as Core would do it."""
+    """One COPY, on the driver's connection; an error is raised, and the connection judged, as Core would do it."""
     fairy = connection.connection
     dialect = connection.dialect
     assert dialect.loaded_dbapi is not None

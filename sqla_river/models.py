@@ -107,7 +107,8 @@ class JobMixin:
         row = _row or self.__river__.one(args, said_in(options))
         if _row is None and row.unique_at is not None:
             raise UniqueNeedsEnqueueError(
-                f"kind {row.kind!r} is unique, and the unit of work has no ON CONFLICT; write enqueue(session, args) in place of Job(args)"
+                f"kind {row.kind!r} is unique, and the unit of work has no ON CONFLICT; "
+                "write enqueue(session, args) in place of Job(args)"
             )
         # All plain columns, always: 1,000 jobs flush as one INSERT; with columns set here and there, as 1,000.
         self.kind = row.kind

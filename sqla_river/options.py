@@ -220,9 +220,8 @@ def _expires(value: datetime | timedelta | None) -> datetime | timedelta | None:
 
 
 def _unique(value: Unique | None) -> Unique | None:
-    given: object = value
-    if given is not None and not isinstance(given, Unique):
-        raise InvalidOptionError("unique", f"unique must be Unique(...), got {shown(given)}")
+    if value is not None and type(value) is not Unique:
+        raise InvalidOptionError("unique", f"unique must be Unique(...), got {shown(value)}")
     return value
 
 

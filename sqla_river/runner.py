@@ -161,7 +161,8 @@ class Runner:
             if self._incarnation is not None:
                 if self._incarnation.pid != os.getpid():
                     raise RunnerError(
-                        "this Runner was started before a fork, and its threads did not come along; make a new one in the child"
+                        "this Runner was started before a fork, and its threads did not come along; "
+                        "make a new one in the child"
                     )
                 raise RunnerError("this Runner runs already; stop() it first, or make another one")
             self._check_workers()
@@ -179,8 +180,8 @@ class Runner:
         awaited = [type(each).__name__ for each in self._orders.middleware if inspect.iscoroutinefunction(each.work)]
         if plain and awaited:
             raise ConfigError(
-                f"the work() of {', '.join(awaited)} is async, the handlers of {', '.join(plain)} are not: write a plain "
-                "work() that returns call_next(job), which serves both"
+                f"the work() of {', '.join(awaited)} is async, the handlers of {', '.join(plain)} are not: write a "
+                "plain work() that returns call_next(job), which serves both"
             )
         if any(worker.is_async for worker in transactional) and self._orders.async_engine is None:
             kinds = ", ".join(sorted(worker.kind for worker in transactional if worker.is_async))

@@ -66,17 +66,22 @@ class Unique:
             )
         if self.by_period is not None and self.by_period < timedelta(seconds=1):
             raise InvalidOptionError("unique", f"by_period must be at least one second, got {self.by_period}")
-        if isinstance(self.by_args, str) or (
-            not isinstance(self.by_args, bool) and not all(isinstance(name, str) for name in self.by_args)
+        names: object = self.by_args
+        if not isinstance(names, bool) and (
+            isinstance(names, str) or not all(type(name) is str for name in self.names)
         ):
-            raise InvalidOptionError(
-                "unique", f"by_args must be True or names of fields, got {repr(self.by_args)[:60]}"
-            )
+            raise InvalidOptionError("unique", f"by_args must be True or names of fields, got {repr(names)[:60]}")
         if self.by_state is not None and not ALWAYS <= frozenset(self.by_state) <= frozenset(JobState):
             raise InvalidOptionError(
                 "unique",
-                f"by_state must hold {', '.join(sorted(ALWAYS))}, and any other states, got {repr(sorted(self.by_state))[:60]}",
+                f"by_state must hold {', '.join(sorted(ALWAYS))}, and any other states, "
+                f"got {repr(sorted(self.by_state))[:60]}",
             )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The named fields, if any are."""
+        return () if isinstance(self.by_args, bool) else self.by_args
 
     @property
     def states(self) -> frozenset[JobState]:
@@ -101,7 +106,7 @@ class Unique:
             return f"&key={self.key}"
         text = "" if self.exclude_kind else f"&kind={kind}"
         if self.by_args:
-            names = marked if self.by_args is True else sorted(self.by_args)
+            names = marked if self.by_args is True else sorted(self.names)
             text += f"&args={_chosen(args, names) if names else _sorted(args)}"
         if self.by_period is not None:
             begin = at.astimezone(UTC) - (at.astimezone(UTC) - _YEAR_ONE) % self.by_period
@@ -154,7 +159,8 @@ def go_json(value: object) -> str:
         items = cast("dict[str, Any]", value).items()
         return "{" + ",".join(f"{go_json(key)}:{go_json(item)}" for key, item in items) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(go_json(item) for item in value) + "]"
+        listed: Sequence[object] = cast("Sequence[object]", value)
+        return "[" + ",".join(go_json(item) for item in listed) + "]"
     if isinstance(value, float):
         return _go_float(value)
     return json.dumps(value)

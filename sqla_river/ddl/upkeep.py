@@ -26,7 +26,7 @@ def drop_leftover(schema: str | None, index: str) -> str:
 
 
 def leftovers(found: list[str]) -> list[str]:
-    """Of the indexes *found*, the copies that a REINDEX left that was cut short: ``_ccnew``, ``_ccnew1``, ``_ccold``."""
+    """Of the indexes *found*, the copies that a REINDEX cut short has left: ``_ccnew``, ``_ccnew1``, ``_ccold``."""
     return [
         name
         for name in found

@@ -32,7 +32,8 @@ def engine(shared: str) -> Iterator[Engine]:
 
 def put(engine: Engine, number: int = 1, **options: Any) -> tuple[int, bool]:
     with Session(engine) as session, session.begin():
-        job = enqueue(session, Ping(number), **{"unique": BY_ARGS, **options})
+        given: Any = {"unique": BY_ARGS, **options}
+        job = enqueue(session, Ping(number), **given)
         return job.id, job.inserted
 
 

@@ -18,9 +18,9 @@ def test_the_key_is_that_of_river(vector: dict[str, Any]) -> None:
     unique, marked = unique_of(vector)
     at = datetime.fromisoformat(vector["now"])
 
-    given = (vector["kind"], vector["encoded_args"].encode(), vector["queue"], at, marked)
-    assert unique.text_of(*given) == vector["prehash"]
-    assert unique.key_of(*given).hex() == vector["key_hex"]
+    kind, args, queue = str(vector["kind"]), str(vector["encoded_args"]).encode(), str(vector["queue"])
+    assert unique.text_of(kind, args, queue, at, marked) == vector["prehash"]
+    assert unique.key_of(kind, args, queue, at, marked).hex() == vector["key_hex"]
     assert int(mask_of(unique.states), 2) == vector["bitmask"]
 
 
