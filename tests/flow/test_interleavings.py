@@ -422,15 +422,15 @@ def _everything(outcome: str, other: str) -> list[Sequence[Operation]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", OUTCOMES)
+@pytest.mark.parametrize("start", ["available", "scheduled", "running under A", "running under A, last attempt"])
+@pytest.mark.parametrize("other", ["complete", "fail"])
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_nor_any_order_with_a_cancel_a_prune_and_a_retry_by_hand(
-    connection: Connection, outcome: str, other: str
+    connection: Connection, outcome: str, other: str, start: str
 ) -> None:
-    for start in STARTS.values():
-        found, broken = _explore(connection, start, _everything(outcome, other))
+    found, broken = _explore(connection, STARTS[start], _everything(outcome, other))
 
-        assert found == Found(_orders([2, 1, 1, 2, 1, 1, 1]), 0), (start, broken[:5])
+    assert found == Found(_orders([2, 1, 1, 2, 1, 1, 1]), 0), broken[:5]
 
 
 def test_nor_any_order_with_a_cancel(connection: Connection) -> None:
