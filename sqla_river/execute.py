@@ -80,6 +80,7 @@ class Executor:
         self._middleware = tuple(middleware)
         self._on_error = on_error
         self._interrupted = False
+        self._cancelled: set[int] = set()
         self.running: dict[int, JobContext[Any]] = {}
         """The jobs whose handler runs now, by id."""
 
@@ -88,6 +89,13 @@ class Executor:
         self._interrupted = True
         for job in list(self.running.values()):
             cancel_context(job, "stop")
+
+    def cancel(self, job_id: int) -> None:
+        """Tell the handler of this job that somebody asked to cancel it; if it has yet to begin, as soon as it does."""
+        self._cancelled.add(job_id)  # first: what begins in between looks there
+        job = self.running.get(job_id)
+        if job is not None:
+            cancel_context(job, "cancel")
 
     def is_async(self, row: JobRow) -> bool:
         """Whether *row* belongs on the event loop."""
@@ -160,6 +168,8 @@ class Executor:
         self.running[job.id] = job
         if self._interrupted:
             cancel_context(job, "stop")
+        elif job.id in self._cancelled:
+            cancel_context(job, "cancel")
         timeout = worker.timeout or self._timeout
         if timeout is not None:
             self._watch(job, timeout.total_seconds())
@@ -217,6 +227,7 @@ class Executor:
         job = attempt.job_or_none
         if job is not None and self.running.get(job.id) is job:  # a later attempt may stand there
             del self.running[job.id]
+        self._cancelled.discard(attempt.row.id)
         assert attempt.transition is not None
         seconds = time.monotonic() - attempt.began
         return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)

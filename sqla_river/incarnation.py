@@ -274,9 +274,8 @@ class Incarnation:
         self._fetcher.suspects = fleet.suspects
         self._fetcher.relieved()
         for job_id in fleet.cancelled:
-            job = self.executor.running.get(job_id)
-            if job is not None:
-                cancel_context(job, "cancel")
+            if job_id in self._unfinished:
+                self.executor.cancel(job_id)
 
     def _lost(self, rows: Sequence[JobRow]) -> None:
         """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun

@@ -251,12 +251,13 @@ def test_a_hook_that_sleeps_holds_up_its_own_job_only(engine: Engine, colour: st
         before = max(rate() for _ in range(3))
         put(engine, 0)
         assert asleep.wait(10)
-        during = max(rate() for _ in range(3))
+        # The machine may be busy with other things: one quiet round of many will do.
+        during = next((found for found in (rate() for _ in range(30)) if found > before * 0.9), 0.0)
         assert count_states(engine).get("running") == 1
         release.set()
         eventually(lambda: count_states(engine).get("retryable") == 1, what="the slow one")
 
-    assert during > before * 0.5  # 0.9 is the promise; this machine is shared
+    assert during > before * 0.9
 
 
 # ---- around insert
