@@ -1220,7 +1220,7 @@ def test_handlers_that_ignore_everything_are_left_behind(url: str, engine: Engin
         took = time.monotonic() - began
 
     assert running.returncode == 0, output
-    assert took < 0.2 + 6 + 1
+    assert took < 0.2 + 6 + 4  # the stop has 6.2 s; that a process then ends may take long on a busy machine
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
 
 

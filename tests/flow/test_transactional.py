@@ -1056,7 +1056,7 @@ def increments(engine: Engine, url: str, jobs: int, kills: int) -> None:
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in processes:
-            assert process.wait(20) == 0
+            assert process.wait(20) in {0, -signal.SIGTERM}  # the latter where it was still starting
 
     with engine.connect() as connection:
         assert connection.execute(text("SELECT sum(total) FROM account")).scalar() == jobs
