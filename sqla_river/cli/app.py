@@ -3,7 +3,7 @@
 import click
 
 from sqla_river.cli.demo import demo
-from sqla_river.cli.tables import migrate, stats
+from sqla_river.cli.tables import check_db, migrate, stats
 from sqla_river.cli.work import work
 
 
@@ -13,5 +13,5 @@ def app() -> None:
     """River for SQLAlchemy: background jobs that commit with your data."""
 
 
-for _command in (demo, migrate, stats, work):
+for _command in (check_db, demo, migrate, stats, work):
     app.add_command(_command)

@@ -1,4 +1,4 @@
-"""`migrate` and `stats`."""
+"""`migrate`, `check-db` and `stats`."""
 
 import json
 from collections.abc import Iterable
@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL
 
-from sqla_river import ddl, store
+from sqla_river import ddl
+from sqla_river import schema as schemas
+from sqla_river.check import check_schema
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
 from sqla_river.errors import SchemaError
-from sqla_river.schema import create_all, installed_version
-from sqla_river.statements import SELECT_CURRENT_SCHEMA
+from sqla_river.schema import installed_version
 from sqla_river.states import JobState
 from sqla_river.stats import StateCount, count_states
 
@@ -36,17 +37,33 @@ LIFE = (
 def migrate(url: URL, schema: str | None) -> None:
     """Create the tables, or bring them to the version of this library.
 
-    Safe to run again, and from many places at once. Those who use Alembic do not need it.
+    Safe to run again, from many places at once, and while runners work. Those who use Alembic do not need it.
     """
-    with told(), engine_for(url).begin() as connection:
-        where = schema or store.execute(connection, None, SELECT_CURRENT_SCHEMA).scalar_one()
-        found = create_all(connection, schema)
-    if found == ddl.LATEST:
-        click.echo(f"schema '{where}': version {found} already, nothing to do")
-    elif found:
-        click.echo(f"schema '{where}': upgraded from version {found} to {ddl.LATEST}")
+    with told():
+        done = schemas.migrate(engine_for(url), schema)
+    where = f"schema '{done.schema}'"
+    if done.found == done.version:
+        mended = f"repaired, in {len(done.statements)} statements" if done.statements else "already, nothing to do"
+        click.echo(f"{where}: version {done.found} {mended}")
+    elif done.found:
+        click.echo(f"{where}: upgraded from version {done.found} to {done.version}")
     else:
-        click.echo(f"schema '{where}': created the tables, version {ddl.LATEST}")
+        click.echo(f"{where}: created the tables, version {done.version}")
+
+
+@click.command("check-db")
+@database_option(required=True, meaning="The database to look at.")
+@schema_option
+def check_db(url: URL, schema: str | None) -> None:
+    """Say whether the tables are there, and as this library needs them; exit code 1 if a runner would not start."""
+    with told(), engine_for(url).connect() as connection:
+        problems = check_schema(connection, schema)
+    for problem in problems:
+        click.echo(f"{'problem' if problem.fatal else 'warning'}: {problem}")
+    if any(problem.fatal for problem in problems):
+        raise SystemExit(1)
+    if not problems:
+        click.echo(f"the tables are as sqla_river needs them, version {ddl.LATEST}")
 
 
 @click.command()

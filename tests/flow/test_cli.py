@@ -221,6 +221,19 @@ def test_migrate_says_what_it_found_and_did(empty_url: str) -> None:
     assert second.stdout == "schema 'public': version 1 already, nothing to do\n"
 
 
+def test_check_db_says_what_is_wrong_and_migrate_mends_it(url: str, empty_url: str) -> None:
+    missing = run("check-db", "--database-url", empty_url)
+    ask(url, "DROP INDEX river_job_due_idx")
+    damaged = run("check-db", "--database-url", url)
+    repaired = run("migrate", "--database-url", url)
+    sound = run("check-db", "--database-url", url)
+
+    assert (missing.returncode, "river_job is missing" in missing.stdout) == (1, True)
+    assert damaged.stdout.startswith("warning: index river_job_due_idx")
+    assert "repaired" in repaired.stdout
+    assert sound.stdout == "the tables are as sqla_river needs them, version 1\n"
+
+
 def test_migrate_makes_the_schema_that_it_is_given(empty_url: str) -> None:
     scheme, _, rest = empty_url.partition("://")
     assert scheme == "postgresql+psycopg"
