@@ -56,7 +56,7 @@ INTERRUPT_TIMEOUT: Final = 5.0
 """Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
 FETCH_TIMEOUT: Final = 2.0
 """Seconds for a fetch that is on its way when nothing else is left."""
-FLUSH_TIMEOUT: Final = 0.7
+FLUSH_TIMEOUT: Final = 0.5
 """Seconds for the last results, beyond what is left of the stop's own time."""
 READY_TIMEOUT: Final = 10.0
 """Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
