@@ -24,21 +24,21 @@ def test_the_key_is_that_of_river(vector: dict[str, Any]) -> None:
     assert int(mask_of(unique.states), 2) == vector["bitmask"]
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (1.0, "1"),
-        (0.1, "0.1"),
-        (1e20, "100000000000000000000"),
-        (1e21, "1e+21"),
-        (1e-6, "0.000001"),
-        (1e-7, "1e-7"),
-        (-2.5e-9, "-2.5e-9"),
-        (5e-324, "5e-324"),
-        ('<a & "b">\u2028\t\x01\x7f', '"\\u003ca \\u0026 \\"b\\"\\u003e\\u2028\\t\\u0001\x7f"'),
-        ([True, None, {"b": 1, "a": []}], '[true,null,{"b":1,"a":[]}]'),
-    ],
-)
+WRITTEN: list[tuple[Any, str]] = [
+    (1.0, "1"),
+    (0.1, "0.1"),
+    (1e20, "100000000000000000000"),
+    (1e21, "1e+21"),
+    (1e-6, "0.000001"),
+    (1e-7, "1e-7"),
+    (-2.5e-9, "-2.5e-9"),
+    (5e-324, "5e-324"),
+    ('<a & "b">\u2028\t\x01\x7f', '"\\u003ca \\u0026 \\"b\\"\\u003e\\u2028\\t\\u0001\x7f"'),
+    ([True, None, {"b": 1, "a": []}], '[true,null,{"b":1,"a":[]}]'),
+]
+
+
+@pytest.mark.parametrize(("value", "text"), WRITTEN)
 def test_values_are_written_as_go_writes_them(value: object, text: str) -> None:
     assert go_json(value) == text
 
