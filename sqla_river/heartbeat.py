@@ -113,7 +113,8 @@ class Heartbeat:
         stored = (beat_on - self._beat_on).total_seconds() if self._beat_on is not None else math.inf
         if gap > 2 * self._every or abs(stored - gap) > self._every:
             self._kept_since = began
-        if max(gap, stored) >= self._lease * 5 / 6:
+        # The statement may itself have waited, while the row grew old.
+        if max(gap, stored, time.monotonic() - self._beat_at) >= self._lease * 5 / 6:
             self._look_for_lost()
         self._beat_on = beat_on
         self._beat_at = began
