@@ -315,9 +315,9 @@ def test_a_committed_job_starts_within_10_ms_on_an_idle_runner(engine: Engine) -
         return sorted(latencies)[94]
 
     with working(engine, handler, poll=SLOW_POLL):
-        # The machine may be busy with other things: one quiet round of many will do.
+        # The machine may be busy with other things: one quiet round of three will do.
         best = measure()
-        for _ in range(30):
+        for _ in range(2):
             best = best if best < 0.010 else min(best, measure())
 
     assert best < 0.010
@@ -1220,7 +1220,7 @@ def test_handlers_that_ignore_everything_are_left_behind(url: str, engine: Engin
         took = time.monotonic() - began
 
     assert running.returncode == 0, output
-    assert took < 0.2 + 6 + 4  # the stop has 6.2 s; that a process then ends may take long on a busy machine
+    assert took < 0.2 + 6 + 1
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
 
 
