@@ -14,7 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
 from sqla_river.rows import JobRow
-from sqla_river.statements import DELETE_RUNNER, REFRESH_LONG, SELECT_FLEET, SELECT_OWN, UPSERT_QUEUES, UPSERT_RUNNER
+from sqla_river.statements import (
+    DELETE_RUNNER,
+    REFRESH_LONG,
+    SELECT_FLEET,
+    SELECT_OWN,
+    SELECT_PEERS,
+    UPSERT_QUEUES,
+    UPSERT_RUNNER,
+)
 from sqla_river.store import OwnConnection
 
 TOUCH_QUEUES_EVERY: Final = 600.0
@@ -23,12 +31,14 @@ TOUCH_QUEUES_EVERY: Final = 600.0
 
 class Fleet(NamedTuple):
     """What a heartbeat learns: how many live runners come before this one, whether there are suspects, which of its
-    jobs to cancel.
+    jobs to cancel; and, by queue, the places of those that have a free slot, this runner's own being *place*.
     """
 
     rank: int
     suspects: bool
     cancelled: Sequence[int]
+    place: int
+    peers: Mapping[str, Sequence[int]]
 
 
 def library_version() -> str:
@@ -45,6 +55,7 @@ class Heartbeat:
         own: its connection.
         runner_id, slots: what the row says.
         every, lease: seconds.
+        free: the queues that have a free slot here.
         unfinished: the jobs that this runner holds.
         lost: told of those of them that are another's by now.
         learnt: told what each beat found out.
@@ -58,6 +69,7 @@ class Heartbeat:
         every: float,
         lease: float,
         *,
+        free: Callable[[], Sequence[str]],
         unfinished: Callable[[], Sequence[JobRow]],
         lost: Callable[[Sequence[JobRow]], None],
         learnt: Callable[[Fleet], None],
@@ -67,6 +79,7 @@ class Heartbeat:
         self.slots = slots
         self._every = every
         self._lease = lease
+        self._free = free
         self._unfinished = unfinished
         self._lost = lost
         self._learnt = learnt
@@ -104,6 +117,7 @@ class Heartbeat:
                 "p_id": self._runner_id,
                 "p_queues": list(self.slots),
                 "p_slots": list(self.slots.values()),
+                "p_free": list(self._free()),
                 "p_version": library_version(),
                 "p_lease": timedelta(seconds=self._lease),
             },
@@ -122,8 +136,9 @@ class Heartbeat:
             self._own.execute(UPSERT_QUEUES, {"p_queues": list(self.slots)})
             self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
             self._touched_at = began
-        rank, suspects, cancelled = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
-        self._learnt(Fleet(rank, suspects, cancelled))
+        rank, suspects, cancelled, place = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
+        peers = self._own.execute(SELECT_PEERS, {"p_queues": list(self.slots)})
+        self._learnt(Fleet(rank, suspects, cancelled, place, {row.queue: row.places for row in peers}))
         self.beaten = True
         return max(self._every - (time.monotonic() - began), 0.0)
 

@@ -171,6 +171,7 @@ class Incarnation:
             slots,
             orders.heartbeat,
             orders.lease,
+            free=lambda: self._fetcher.free_queues(),
             unfinished=lambda: list(self._unfinished.values()),
             lost=self._lost,
             learnt=self._learnt,
@@ -179,7 +180,7 @@ class Incarnation:
             duties,
             [
                 Rescue(lambda: self._heart.kept, self._rescued, _sweep_every(orders.lease)),
-                Isolate(lambda: self._fetcher.suspects, self._fetcher.begin_alone),
+                Isolate(lambda: self._fetcher.suspects, self._fetcher.turn.begin),
                 Prune(orders.retention),
                 Clean(),
                 *([Reindex()] if orders.reindex else []),
@@ -231,7 +232,7 @@ class Incarnation:
         for result, state in written:
             delay = result.transition.delay
             if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
-                self._fetcher.due_in(delay.total_seconds())
+                self._fetcher.due.due_in(delay.total_seconds())
         finished_here(result.job.id for result, state in written if state in FINALIZED)
         if self.events.heard:
             self.events.results(written)
@@ -244,8 +245,8 @@ class Incarnation:
             for row in freed:
                 self.events.put(Event("rescued", row.queue, row.id, row.kind))
 
-    def _heard(self, topic: str | None, payload: str) -> None:
-        """A notification: anybody may send one, so it is only a hint."""
+    def _heard(self, topic: str | None, payload: str, pid: int) -> None:
+        """A notification of the backend *pid*: anybody may send one, so it is only a hint."""
         notice = _notice(payload) if topic is not None else {}
         queue = notice.get("queue")
         queue = queue if isinstance(queue, str) else None
@@ -254,7 +255,7 @@ class Incarnation:
             return
         if notice.get("suspects") is True:
             self._fetcher.suspects = True
-        self._fetcher.heard(queue)
+        self._fetcher.heard(queue, pid)
 
     def _controlled(self, action: object, queue: str | None, job_id: object) -> None:
         if action == "cancel" and isinstance(job_id, int) and job_id in self._unfinished:
@@ -270,7 +271,8 @@ class Incarnation:
             self.events.put(Event("queue_paused" if action == "pause" else "queue_resumed", queue))
 
     def _learnt(self, fleet: Fleet) -> None:
-        self._fetcher.rank = fleet.rank
+        self._fetcher.due.rank = fleet.rank
+        self._fetcher.wakeups.place, self._fetcher.wakeups.peers = fleet.place, fleet.peers
         self._fetcher.suspects = fleet.suspects
         self._fetcher.relieved()
         for job_id in fleet.cancelled:

@@ -26,8 +26,8 @@ PING: Final = 5.0
 class Listener:
     """A thread that hands every notification on River's channels of one schema to *heard*, and reconnects by itself.
 
-    *heard* is called with topic and payload; with topic None after each (re)connect, for whatever was said in between.
-    It must not block.
+    *heard* is called with topic, payload and the backend that sent it; with topic None after each (re)connect, for
+    whatever was said in between. It must not block.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Listener:
         declared_schema: str | None,
         name: str,
         topics: tuple[str, ...],
-        heard: Callable[[str | None, str], None],
+        heard: Callable[[str | None, str, int], None],
     ) -> None:
         self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
         self._topics = topics
@@ -83,7 +83,7 @@ class Listener:
         for channel in channels:
             raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
         self.ready.set()
-        self._heard(None, "")
+        self._heard(None, "", 0)
         with selectors.DefaultSelector() as waiting:
             waiting.register(raw.fileno(), selectors.EVENT_READ)
             waiting.register(self._wake_read, selectors.EVENT_READ)
@@ -93,6 +93,6 @@ class Listener:
                 for notification in raw.notifies(timeout=0):
                     topic = channels.get(notification.channel)
                     if topic is not None:
-                        self._heard(topic, notification.payload)
+                        self._heard(topic, notification.payload, notification.pid)
                 self.moved = time.monotonic()
                 backoff.worked()

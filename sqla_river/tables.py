@@ -153,6 +153,7 @@ river_runner: Final = Table(
     Column("heartbeat_at", _moment, nullable=False, server_default=func.now()),
     Column("queues", ARRAY(Text), nullable=False),
     Column("slots", ARRAY(Integer), nullable=False),
+    Column("free", ARRAY(Text), nullable=False),
     Column("version", Text, nullable=False),
     Column("lease", Interval, nullable=False),
     Column("alone", BigInteger),

@@ -94,7 +94,9 @@ def make_heart(
 ) -> Heartbeat:
     """A heartbeat whose thread is the test."""
     slots = {"default": 1}
-    return Heartbeat(own, runner_id, slots, every, lease, unfinished=lambda: unfinished, lost=lost, learnt=learnt)
+    return Heartbeat(
+        own, runner_id, slots, every, lease, free=list, unfinished=lambda: unfinished, lost=lost, learnt=learnt
+    )
 
 
 class Clock:

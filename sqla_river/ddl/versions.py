@@ -252,6 +252,7 @@ _OURS_1: Final = (
     heartbeat_at timestamptz NOT NULL DEFAULT now(),
     queues text[] NOT NULL DEFAULT '{{}}',
     slots integer[] NOT NULL DEFAULT '{{}}',
+    free text[] NOT NULL DEFAULT '{{}}',
     version text NOT NULL DEFAULT '',
     lease interval NOT NULL DEFAULT '30 seconds',
     alone bigint,

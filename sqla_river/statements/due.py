@@ -49,7 +49,7 @@ _moved: Final = (
 )
 _queues_moved: Final = select(_moved.c.queue, func.count().label("jobs")).group_by(_moved.c.queue).cte("queues_moved")
 
-# Caller: fetch.py, when its timer fires. Indexes: river_job_due_idx, river_job_unique_idx for rows with a key. Locks:
+# Caller: fetch, when its timer fires. Indexes: river_job_due_idx, river_job_unique_idx for rows with a key. Locks:
 # up to 1,000 rows, none waited for. A job whose unique key was taken by another is discarded with that reason (River's
 # rule). It wakes the other runners in the same statement; the notification is selected, or PostgreSQL would never call
 # it.
@@ -59,7 +59,7 @@ SCHEDULE_DUE: Final = select(
 
 _recently: Final = NOW - literal("interval '1 day'")  # arithmetic on -infinity, or on a time BC, would raise
 
-# Caller: fetch.py, after each schedule, at each poll, and when woken. Index: river_job_due_idx, its first live entry.
+# Caller: fetch, after each schedule, at each poll, and when woken. Index: river_job_due_idx, its first live entry.
 # The second value is where a bounded look may begin: dead entries before it are not walked (200,000 of them made an
 # unbounded one read 3,438 buffers). Its 10 s leave room for transactions that commit after the time of their job.
 SELECT_NEXT_DUE: Final = (

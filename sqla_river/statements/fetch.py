@@ -3,8 +3,12 @@
 from typing import Any, Final
 
 from sqlalchemy import (
+    ARRAY,
+    BigInteger,
     ColumnElement,
     Integer,
+    Interval,
+    SmallInteger,
     Text,
     and_,
     bindparam,
@@ -16,8 +20,10 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    union_all,
     update,
 )
+from sqlalchemy.dialects.postgresql import array
 
 from sqla_river.rows import EXPIRES_KEY
 from sqla_river.statements.words import (
@@ -25,6 +31,7 @@ from sqla_river.statements.words import (
     CTID,
     KEPT_TOKENS,
     LAST_TOKEN,
+    MOMENT,
     NOW,
     RUNNING,
     STATE_TEXT,
@@ -60,6 +67,27 @@ _asked: Final = (
     .table_valued(column("queue", Text), column("slots", Integer))
     .render_derived(name="q")
 )
+_asked_since: Final = (
+    func.unnest(
+        array_of("p_queues", Text),
+        array_of("p_slots", Integer),
+        *(cast(array_of(f"p_since_{priority}", Text), ARRAY(MOMENT)) for priority in (1, 2, 3, 4)),
+    )
+    .table_valued(
+        column("queue", Text),
+        column("slots", Integer),
+        *(column(f"since_{priority}", MOMENT) for priority in (1, 2, 3, 4)),
+    )
+    .render_derived(name="q")
+)
+_begins: Final = (
+    func.unnest(
+        array([literal(f"{priority}::smallint") for priority in (1, 2, 3, 4)]),
+        array([_asked_since.c[f"since_{priority}"] for priority in (1, 2, 3, 4)]),
+    )
+    .table_valued(column("priority", SmallInteger), column("since", MOMENT))
+    .render_derived(name="b")
+)
 _is_suspect: Final = (
     select(river_suspect.c.job_id)
     .where(river_suspect.c.job_id == w.c.id, river_suspect.c.deaths >= SUSPICIOUS)
@@ -71,25 +99,53 @@ _is_suspect: Final = (
 def _first_free(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
     """The ctids of the first free rows of each queue asked for that is not paused, locked."""
     found = (
+        _free_rows(_asked, *conditions).order_by(w.c.priority, w.c.scheduled_at, w.c.id).correlate(_asked).lateral("j")
+    )
+    return _of_unpaused(_asked, found)
+
+
+def _first_free_since(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
+    """The same, of each priority from a time of its own on. The nested loops pull lazily: no more rows are locked."""
+    row = (
+        _free_rows(_asked_since, w.c.priority == _begins.c.priority, w.c.scheduled_at >= _begins.c.since, *conditions)
+        .order_by(w.c.scheduled_at, w.c.id)
+        .correlate(_asked_since, _begins)
+        .lateral("r")
+    )
+    found = (
+        select(row.c.ctid)
+        .select_from(_begins.join(row, true()))
+        .limit(_asked_since.c.slots)
+        .correlate(_asked_since)
+        .lateral("j")
+    )
+    return _of_unpaused(_asked_since, found)
+
+
+def _free_rows(asked: Any, *conditions: ColumnElement[bool]) -> Any:
+    return (
         select(literal("w.ctid").label("ctid"))
         .select_from(w)
         .where(
             w.c.state == AVAILABLE,
-            w.c.queue == _asked.c.queue,
+            w.c.queue == asked.c.queue,
             w.c.scheduled_at <= NOW,
             w.c.kind == func.any(array_of("p_kinds", Text)),
             *conditions,
         )
-        .order_by(w.c.priority, w.c.scheduled_at, w.c.id)
-        .limit(_asked.c.slots)
+        .limit(asked.c.slots)
         .with_for_update(skip_locked=True, of=w)
-        .correlate(_asked)
-        .lateral("j")
     )
+
+
+def _of_unpaused(asked: Any, found: Any) -> ColumnElement[Any]:
+    # The paused ones are read once, by this statement's own snapshot; a row missing from river_queue is not paused.
+    # Joined, each queue of a runner costs three buffers more.
+    paused = select(river_queue.c.name).where(river_queue.c.paused_at.is_not(None))
     unpaused = (
         select(found.c.ctid)
-        .select_from(_asked.outerjoin(river_queue, river_queue.c.name == _asked.c.queue).join(found, true()))
-        .where(river_queue.c.paused_at.is_(None))
+        .select_from(asked.join(found, true()))
+        .where(asked.c.queue.op("<>")(func.all(func.array(paused.scalar_subquery()))))
     )
     return func.any(func.array(unpaused.scalar_subquery()))
 
@@ -111,13 +167,31 @@ def _take(ctids: ColumnElement[Any]) -> Any:
     )
 
 
-# Caller: fetch.py, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid
+# Caller: fetch, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid
 # Scan outside (River's CTE joins by id: 1.5 to 1.7 times the cost). Locks: up to the sum of p_slots rows, none waited
 # for. Fewer rows than asked does not mean that a queue is empty: a row may change between snapshot and lock.
 FETCH_AVAILABLE: Final = _take(_first_free())
 
 # The same while there are suspects: they run alone, not here.
 FETCH_UNSUSPECTED: Final = _take(_first_free(~_is_suspect))
+
+# Caller: fetch, where a scan from the start of a queue was wasteful. Index: river_job_fetch_idx, one scan per queue and
+# priority, from the time that SELECT_BOUNDS gave. Locks: as FETCH_AVAILABLE.
+FETCH_BOUNDED: Final = _take(_first_free_since())
+# The same while there are suspects.
+FETCH_BOUNDED_UNSUSPECTED: Final = _take(_first_free_since(~_is_suspect))
+
+_moment: Final = NOW - cast(bindparam("p_before", type_=Interval), Interval)
+
+# Caller: fetch, after a wasteful scan. How far it came in the last priority of each queue, by the rows that it took
+# there; and, for a queue of NULL, a moment before it. As text: Python has no type for all of them. Index:
+# river_job_pkey.
+SELECT_BOUNDS: Final = union_all(
+    select(cast(null(), Text).label("queue"), cast(_moment, Text).label("since")),
+    select(job.c.queue, cast(func.least(func.max(job.c.scheduled_at), _moment), Text))
+    .where(job.c.id == func.any(array_of("p_ids", BigInteger)))
+    .group_by(job.c.queue),
+)
 
 _suspects: Final[Any] = (
     select(literal("w.ctid"))
@@ -144,15 +218,15 @@ _marked: Final = (
     .cte("marked")
 )
 
-# Caller: fetch.py, by the runner whose turn it is, once its slots are empty. The runner's row says which job ran alone,
+# Caller: fetch, by the runner whose turn it is, once its slots are empty. The runner's row says which job ran alone,
 # should it die. Index: river_suspect_pkey, river_job_pkey. Locks: one row.
 FETCH_SUSPECT: Final = select(_taken).add_cte(_marked)
 
-# Caller: fetch.py, before it lets its slots run empty: whether there is one that it could take. Indexes as
+# Caller: fetch, before it lets its slots run empty: whether there is one that it could take. Indexes as
 # FETCH_SUSPECT.
 COUNT_SUSPECTS: Final = select(func.count()).select_from(_suspects.subquery())
 
-# Caller: fetch.py, when the job that ran alone has ended, or has shown for a minute that it kills nobody.
+# Caller: fetch, when the job that ran alone has ended, or has shown for a minute that it kills nobody.
 CLEAR_ALONE: Final = update(river_runner).where(river_runner.c.id == bindparam("p_id", type_=Text)).values(alone=null())
 
 _holder: Final = job.alias("holder")
@@ -176,7 +250,7 @@ _conflicts: Final = (
     .cte("conflicts")
 )
 
-# Caller: fetch.py, when a fetch would put a unique key there twice: rows with masks that no River writes, which hold
+# Caller: fetch, when a fetch would put a unique key there twice: rows with masks that no River writes, which hold
 # their key when they run but not while they wait. Those whose key is taken, or that are not the first to want it, are
 # discarded. Index: river_job_fetch_idx.
 DISCARD_CONFLICTS: Final = (
@@ -185,7 +259,7 @@ DISCARD_CONFLICTS: Final = (
     .values(**discarded_if(literal("true")))
 )
 
-# Caller: fetch.py, while the reply to a fetch is lost. Index: river_job_running_idx. No locks: the jobs are the
+# Caller: fetch, while the reply to a fetch is lost. Index: river_job_running_idx. No locks: the jobs are the
 # runner's own.
 SELECT_LOST: Final = select(*WORK_COLUMNS, LAST_TOKEN).where(
     job.c.state == RUNNING,

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, select, update
+from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, select, true, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from sqla_river.statements.words import (
@@ -26,6 +26,7 @@ _values: Final = {
     "id": _id,
     "queues": array_of("p_queues", Text),
     "slots": array_of("p_slots", Integer),
+    "free": array_of("p_free", Text),
     "version": bindparam("p_version", type_=Text),
     "lease": bindparam("p_lease", type_=Interval),
 }
@@ -36,7 +37,7 @@ UPSERT_RUNNER: Final = (
     .values(**_values)
     .on_conflict_do_update(
         index_elements=["id"],
-        set_={"heartbeat_at": NOW, **{name: _values[name] for name in ("queues", "slots", "lease")}},
+        set_={"heartbeat_at": NOW, **{name: _values[name] for name in ("queues", "slots", "free", "lease")}},
     )
     .returning(NOW)
 )
@@ -58,7 +59,8 @@ UPSERT_QUEUES: Final = (
 )
 
 # Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its
-# running jobs somebody asked to cancel (for runners that do not LISTEN). Index: river_job_running_idx.
+# running jobs somebody asked to cancel (for runners that do not LISTEN); and its place, a number that all runners draw
+# lots with. Index: river_job_running_idx.
 SELECT_FLEET: Final = select(
     select(func.count())
     .select_from(river_runner)
@@ -69,6 +71,21 @@ SELECT_FLEET: Final = select(
     func.array(select(job.c.id).where(job.c.state == RUNNING, CANCEL_ASKED, _mine).scalar_subquery()).label(
         "cancelled"
     ),
+    func.hashtext(_id).label("place"),
+)
+
+_free: Final = func.unnest(river_runner.c.free).table_valued(column("queue", Text)).render_derived(name="free")
+
+# Caller: heartbeat.py, every 5 s. The places of the live runners that have a free slot, by queue. It reads the whole of
+# river_runner, which has a row per runner.
+SELECT_PEERS: Final = (
+    select(_free.c.queue, func.array_agg(func.hashtext(river_runner.c.id)).label("places"))
+    .select_from(river_runner.join(_free, true()))
+    .where(
+        river_runner.c.heartbeat_at > NOW - river_runner.c.lease,
+        _free.c.queue == func.any(array_of("p_queues", Text)),
+    )
+    .group_by(_free.c.queue)
 )
 
 # Caller: heartbeat.py, after a gap in its own beats: those of the runner's jobs that are still its own. Index:

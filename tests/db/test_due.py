@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pytest
 from sqlalchemy import Engine, text
 
-from sqla_river import fetch as fetching
-from sqla_river.fetch import Fetcher
+from sqla_river import statements
+from sqla_river.fetch import Fetcher, alone, due, fetcher
 from sqla_river.rows import JobRow
 from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.states import JobState
@@ -116,14 +116,15 @@ class Time:
 @pytest.fixture
 def local(monkeypatch: pytest.MonkeyPatch) -> Time:
     clock = Time()
-    monkeypatch.setattr(fetching, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    for module in (fetcher, due, alone):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
     return clock
 
 
 @contextmanager
 def counting(engine: Engine, local: Time, **settings: Any) -> Generator[tuple[Fetcher, list[str]]]:
     """A fetcher on `local` time, and the names of the statements that it executes."""
-    named = {id(getattr(fetching, name)): name for name in dir(fetching) if name.isupper()}
+    named = {id(getattr(statements, name)): name for name in statements.__all__}
     sent: list[str] = []
     with opened(engine, **own_settings("fetch")) as own:
         execute = own.execute
@@ -201,8 +202,8 @@ def test_the_runners_of_a_fleet_do_not_all_fire_for_one_job(engine: Engine, loca
     with opened(engine) as own:
         for rank in range(5):
             fetcher = make_fetcher(own, [], slots={"other": 1})
-            fetcher.rank = rank
-            fetcher._due_at = local.now
+            fetcher.due.rank = rank
+            fetcher.due.at = local.now
             execute = own.execute
 
             def note(statement: Any, *rest: Any, execute: Any = execute) -> Any:
@@ -227,3 +228,37 @@ def test_a_schedule_moves_more_than_a_thousand_one_batch_after_the_other(engine:
 
     assert sent.count("SCHEDULE_DUE") <= 4
     assert count_states(engine) == {"available": 2_490, "running": 10}
+
+
+def test_fifty_idle_runners_and_one_job_make_at_most_five_fetches_in_the_first_50_ms(
+    engine: Engine, local: Time
+) -> None:
+    places = list(range(50))
+    sent: list[float] = []
+    delivered: list[JobRow] = []
+    with opened(engine, **own_settings("fetch")) as own:
+        fleet = [make_fetcher(own, delivered, hears=lambda: True) for _ in places]
+        for place, each in zip(places, fleet, strict=True):
+            each.step()
+            each.step()
+            each.wakeups.place, each.wakeups.peers = place, {"default": places}
+        execute = own.execute
+
+        def note(statement: Any, *rest: Any) -> Any:
+            if statement is FETCH_AVAILABLE:
+                sent.append(local.now)
+            return execute(statement, *rest)
+
+        setattr(own, "execute", note)  # noqa: B010
+        make_job(engine)
+        began = local.now
+        for each in fleet:
+            each.heard("default", 4_711)
+        while local.now < began + 0.05:
+            for each in fleet:
+                while each.step() == 0:
+                    pass
+            local.now += 0.001
+
+    assert 1 <= len(sent) <= 5
+    assert len(delivered) == 1

@@ -310,7 +310,7 @@ def test_an_owner_that_is_just_renewing_its_row_is_passed_by(engine: Engine) -> 
             theirs,
             None,
             UPSERT_RUNNER,
-            {"p_id": owner, "p_queues": [], "p_slots": [], "p_version": "1", "p_lease": LEASE},
+            {"p_id": owner, "p_queues": [], "p_slots": [], "p_free": [], "p_version": "1", "p_lease": LEASE},
         )
         assert sweep(own) == []
     with opened(engine) as own:

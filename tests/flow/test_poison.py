@@ -10,8 +10,8 @@ from typing import Any, Final
 import pytest
 from sqlalchemy import Engine, text
 
-from sqla_river import fetch as fetching
 from sqla_river.context import JobContext
+from sqla_river.fetch import alone
 from tests.crashing import Ledger, bury, spawn, suspects, working
 from tests.making import Count, Gate, count_states, eventually, make_job, make_jobs, read_job, read_jobs
 
@@ -99,8 +99,8 @@ def _suspect(engine: Engine, **columns: Any) -> int:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "RUN_EMPTY_WITHIN", 1.0)
-    monkeypatch.setattr(fetching, "ALONE_FOR", 0.5)
+    monkeypatch.setattr(alone, "RUN_EMPTY_WITHIN", 1.0)
+    monkeypatch.setattr(alone, "ALONE_FOR", 0.5)
 
 
 def test_a_long_job_that_met_two_deaths_runs_alone_for_a_while_and_then_beside_others(
@@ -152,7 +152,7 @@ def test_a_suspect_runs_with_nobody_beside_it(engine: Engine, hasty: None) -> No
 def test_a_runner_with_a_long_job_of_its_own_does_not_stand_empty_for_a_suspect(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "RUN_EMPTY_WITHIN", 0.5)
+    monkeypatch.setattr(alone, "RUN_EMPTY_WITHIN", 0.5)
     gate = Gate()
     long = make_job(engine, args={"number": 1}, priority=1)
     ran: list[float] = []

@@ -2,7 +2,6 @@ UPDATE river_job
 SET state='running', attempt=least(river_job.attempt::int + 1, 32767), attempted_at=now(), attempted_by=CASE WHEN (array_ndims(river_job.attempted_by) > 1) THEN ARRAY[%(p_token)s::VARCHAR] ELSE array_append(river_job.attempted_by[greatest(cardinality(river_job.attempted_by) - 98, 1):], %(p_token)s::VARCHAR) END
 WHERE (river_job.ctid = any(array((SELECT j.ctid
 FROM unnest(%(p_queues)s::TEXT[], %(p_slots)s::INTEGER[]) AS q(queue, slots)
-LEFT OUTER JOIN river_queue ON river_queue.name = q.queue
 JOIN LATERAL (SELECT w.ctid AS ctid
 FROM river_job AS w
 WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= now() AND w.kind = any(%(p_kinds)s::TEXT[]) AND NOT (EXISTS (SELECT river_suspect.job_id
@@ -11,6 +10,8 @@ WHERE river_suspect.job_id = w.id AND river_suspect.deaths >= 2))
 ORDER BY w.priority, w.scheduled_at, w.id
 LIMIT q.slots
 FOR UPDATE OF w SKIP LOCKED) AS j ON true
-WHERE river_queue.paused_at IS NULL)))) AND CAST(river_job.state AS TEXT) = 'available'
+WHERE q.queue <> all(array((SELECT river_queue.name
+FROM river_queue
+WHERE river_queue.paused_at IS NOT NULL))))))) AND CAST(river_job.state AS TEXT) = 'available'
 RETURNING river_job.id, river_job.queue, river_job.kind, river_job.attempt, river_job.max_attempts, river_job.priority, CAST(river_job.args AS TEXT) AS args, CAST(river_job.metadata AS TEXT) AS metadata, jsonb_typeof(river_job.metadata -> 'sqla_river:expires_at') = 'number' AND (river_job.metadata -> 'sqla_river:expires_at') < to_jsonb(EXTRACT(epoch
 FROM now())) AS expired

@@ -4,4 +4,4 @@ WHERE river_runner.heartbeat_at > now() - river_runner.lease AND river_runner.id
 FROM river_suspect
 WHERE river_suspect.deaths >= 2) AS suspects, array((SELECT river_job.id
 FROM river_job
-WHERE river_job.state = 'running' AND (CASE WHEN (jsonb_typeof(river_job.metadata) = 'object') THEN river_job.metadata ELSE '{}'::jsonb END ? 'cancel_attempted_at') AND starts_with(river_job.attempted_by[cardinality(river_job.attempted_by)], %(p_id)s::VARCHAR || '/'))) AS cancelled
+WHERE river_job.state = 'running' AND (CASE WHEN (jsonb_typeof(river_job.metadata) = 'object') THEN river_job.metadata ELSE '{}'::jsonb END ? 'cancel_attempted_at') AND starts_with(river_job.attempted_by[cardinality(river_job.attempted_by)], %(p_id)s::VARCHAR || '/'))) AS cancelled, hashtext(%(p_id)s::VARCHAR) AS place

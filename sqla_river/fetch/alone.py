@@ -1,0 +1,80 @@
+"""The turn of the suspects: a runner lets its slots run empty and runs them alone, one after the other."""
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Final
+
+from sqla_river.statements import CLEAR_ALONE, COUNT_SUSPECTS, POSTPONE_DUTY
+from sqla_river.store import OwnConnection
+
+RUN_EMPTY_WITHIN: Final = 30.0
+"""Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect."""
+ALONE_FOR: Final = 60.0
+"""Seconds after which a job that ran alone is no longer suspected of the death of its runner."""
+ISOLATION: Final = "isolate"
+"""The duty of giving suspects a runner of their own: one runner of the fleet at a time."""
+
+
+class Turn:
+    """Whether it is this runner's turn to run suspects, and how far it is.
+
+    Args:
+        own: the fetcher's connection.
+        runner_id: whose row says which job runs alone.
+        asked: the queues and kinds of this runner, as parameters.
+        wake: lets the fetcher's next step begin.
+    """
+
+    def __init__(
+        self, own: OwnConnection, runner_id: str, asked: Callable[[], Mapping[str, Any]], wake: Callable[[], None]
+    ) -> None:
+        self._own = own
+        self._runner_id = runner_id
+        self._asked = asked
+        self._wake = wake
+        self._began = 0.0
+        self._alone_until = 0.0
+        self._until = 0.0
+        self._not_before = 0.0
+        self._ran = False
+        self.on = False
+        """Whether the slots run empty, or a suspect runs alone."""
+
+    def begin(self, own: OwnConnection) -> bool:
+        """Begin a turn; False if there is no suspect for this runner. *own* is the caller's connection, in the duties'
+        thread.
+        """
+        now = time.monotonic()
+        if self.on or now < self._not_before or not own.execute(COUNT_SUSPECTS, self._asked()).scalar():
+            return False
+        self._began = now
+        self._ran = False
+        self._alone_until = now + RUN_EMPTY_WITHIN
+        self._until = self._alone_until + RUN_EMPTY_WITHIN
+        self.on = True
+        self._wake()
+        return True
+
+    def step(self, *, busy: bool, fetch: Callable[[], bool]) -> None:
+        """One look: wait while a slot is *busy*, else *fetch* the next suspect, until there is none or time is up."""
+        now = time.monotonic()
+        if busy:
+            over = now >= self._alone_until
+        else:
+            over = now >= self._until or not fetch()
+            self._ran = self._ran or not over
+            self._alone_until = now + ALONE_FOR
+        if over:
+            self._end(now)
+
+    def wait(self, now: float) -> float:
+        """Seconds from *now* until a busy slot is no longer waited for."""
+        return self._alone_until - now
+
+    def _end(self, now: float) -> None:
+        if not self._ran:  # a long job runs here: it must not cost the runner more than a tenth of its time
+            self._not_before = now + 9 * (now - self._began)
+        self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
+        self._own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})
+        self.on = False

@@ -1,0 +1,247 @@
+"""The fetch loop."""
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final
+
+from sqlalchemy import Executable
+from sqlalchemy.exc import IntegrityError
+
+from sqla_river.fetch.alone import Turn
+from sqla_river.fetch.bounds import Bounds
+from sqla_river.fetch.due import EVERY, DueTimer
+from sqla_river.fetch.wakeups import Wakeups
+from sqla_river.rows import JobRow
+from sqla_river.statements import (
+    DISCARD_CONFLICTS,
+    FETCH_AVAILABLE,
+    FETCH_BOUNDED,
+    FETCH_BOUNDED_UNSUSPECTED,
+    FETCH_SUSPECT,
+    FETCH_UNSUSPECTED,
+    SELECT_LOST,
+)
+from sqla_river.store import STATEMENT_TIMEOUT_SECONDS, OwnConnection
+
+LARGEST_FETCH: Final = 1_000
+"""Rows of one fetch: 100 give 90 % of the rate of 1,000, and 5,000 give no more."""
+GATHER: Final = 0.001
+"""Seconds to wait for more slots to come free while fewer than half of them are: one row a fetch costs 28 times as
+much per job.
+"""
+IDLE_POLL: Final = 4
+"""An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
+JITTER: Final = 0.1
+
+
+class Fetcher:
+    """The fetch loop of one runner; `step` is what its thread repeats.
+
+    Args:
+        own: its connection.
+        runner_id: the owner's part of the tokens.
+        slots: the size of each queue.
+        kinds: the kinds that have a worker here. A job of another kind stays available, unburnt.
+        deliver: takes the fetched rows, at once.
+        ready: whether results are written fast enough to take on more.
+        poll: seconds between two looks at an idle queue that nobody announced.
+        hears: whether LISTEN is in force; without it polling never slows down.
+    """
+
+    def __init__(
+        self,
+        own: OwnConnection,
+        runner_id: str,
+        slots: Mapping[str, int],
+        *,
+        kinds: Callable[[], list[str]],
+        deliver: Callable[[list[JobRow]], None],
+        ready: Callable[[], bool],
+        poll: float,
+        hears: Callable[[], bool],
+        wake: Callable[[], None],
+    ) -> None:
+        self._own = own
+        self._runner_id = runner_id
+        self._slots = dict(slots)
+        self._busy = dict.fromkeys(slots, 0)
+        self._kinds = kinds
+        self._deliver = deliver
+        self._ready = ready
+        self._poll = poll
+        self._hears = hears
+        self._wake = wake
+        self._freed: deque[str] = deque()
+        self._number = 0
+        self._lost: dict[str, float] = {}
+        self._bounds = Bounds(poll)
+        # What the next step has to do, and when (monotonic).
+        self._hungry = set(slots)
+        self._idle = 1
+        self._poll_at = 0.0
+        self._starved = False
+        self.wakeups = Wakeups(poll)
+        self.due = DueTimer(own, poll, wake)
+        self.turn = Turn(own, runner_id, self._asked_everywhere, wake)
+        self.suspects = False
+
+    # ---- called from other threads ---------------------------------------------------------------------------------
+
+    def heard(self, queue: str | None, pid: int = 0) -> None:
+        """A notification of the backend *pid*: a job of *queue*, of any queue where None, is there or due soon."""
+        if queue is None or queue in self._slots:
+            self.wakeups.heard(queue, pid)
+            self._wake()
+
+    def freed(self, queue: str) -> None:
+        """A slot of *queue* is free. Constant time, no lock."""
+        self._freed.append(queue)
+        if self._starved or queue in self._hungry:
+            self._wake()
+
+    def relieved(self) -> None:
+        """Results are being written again."""
+        if self._starved:
+            self._wake()
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Schedule what is due, fetch what is available; seconds until the next look."""
+        now = time.monotonic()
+        self._starved = False
+        woken, twice = self.wakeups.take(self._slots, now)
+        self._hungry |= woken
+        polling = now >= self._poll_at
+        if polling:
+            self._hungry = set(self._slots)
+        if polling or woken:
+            self.due.doubt()
+        self._hungry |= self.due.fire() & set(self._slots)
+        if self.turn.on:
+            return self._step_alone()
+        free = self._free()
+        fetched = self._fetch(free, twice, polling=polling) if free and self._ready() else 0
+        self._recover()
+        self.due.look(unbounded=polling)
+        self._plan_poll(now, polling=polling, idle=not fetched)
+        return self._pause()
+
+    def _free(self) -> dict[str, int]:
+        """The free slots of the queues that may have work."""
+        free = self._free_now()
+        if 0 < 2 * sum(free.values()) < sum(self._slots[queue] for queue in self._hungry):
+            time.sleep(GATHER)
+            free = self._free_now()
+        return free
+
+    def _free_now(self) -> dict[str, int]:
+        self._count_freed()
+        free = {queue: self._slots[queue] - self._busy[queue] for queue in self._hungry}
+        return {queue: slots for queue, slots in free.items() if slots > 0}
+
+    def _count_freed(self) -> None:
+        while self._freed:
+            self._busy[self._freed.popleft()] -= 1
+
+    def free_queues(self) -> list[str]:
+        """The queues that have a free slot, as far as any thread can tell."""
+        return [queue for queue, slots in self._slots.items() if self._busy[queue] < slots]
+
+    def _fetch(self, free: Mapping[str, int], twice: Collection[str], *, polling: bool) -> int:
+        """Fetch for the queues in *free*. Those that gave nothing are done with, until something wakes them."""
+        share = max(1, LARGEST_FETCH // len(free))
+        asked = {queue: min(slots, share) for queue, slots in free.items()}
+        given = {"p_queues": list(asked), "p_slots": list(asked.values()), "p_kinds": self._kinds()}
+        began = time.monotonic()
+        bounds = {} if polling else self._bounds.of(asked, began)
+        if bounds:
+            given |= self._bounds.parameters(asked, bounds)
+            rows = self._execute_fetch(FETCH_BOUNDED_UNSUSPECTED if self.suspects else FETCH_BOUNDED, given)
+        else:
+            rows = self._execute_fetch(FETCH_UNSUSPECTED if self.suspects else FETCH_AVAILABLE, given)
+            self._bounds.learn(self._own, asked, rows, began, time.monotonic())
+        # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if
+        # nothing had just woken it: then a second look costs less than a job that waits for the poll.
+        self._hungry -= set(free) - {row.queue for row in rows} - set(twice)
+        return len(rows)
+
+    def _execute_fetch(self, statement: Executable, asked: Mapping[str, Any]) -> list[JobRow]:
+        self._number += 1
+        token = f"{self._runner_id}/{self._number}"
+        self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
+        given = {**asked, "p_token": token}
+        try:
+            fetched = self._own.execute(statement, given).all()
+        except IntegrityError:
+            # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
+            self._own.execute(DISCARD_CONFLICTS)
+            fetched = self._own.execute(statement, given).all()
+        rows = [JobRow._make((*row, token)) for row in fetched]
+        del self._lost[token]
+        self._take(rows)
+        return rows
+
+    def _asked_everywhere(self) -> dict[str, list[str]]:
+        return {"p_queues": list(self._slots), "p_kinds": self._kinds()}
+
+    def _fetch_suspect(self) -> bool:
+        asked = {**self._asked_everywhere(), "p_id": self._runner_id}
+        return self._ready() and bool(self._execute_fetch(FETCH_SUSPECT, asked))
+
+    def _step_alone(self) -> float:
+        """One look at the suspects' turn; when it is over the slots fill again."""
+        self._count_freed()
+        self._starved = True
+        self.turn.step(busy=any(self._busy.values()), fetch=self._fetch_suspect)
+        if not self.turn.on:
+            self._hungry = set(self._slots)
+            return 0.0
+        now = time.monotonic()
+        return max(0.0, min(self.turn.wait(now), self._poll, max(self.due.at - now, EVERY)))
+
+    def _take(self, rows: list[JobRow]) -> None:
+        # RETURNING comes in the order of the table.
+        rows.sort(key=lambda row: (row.priority, row.id))
+        for row in rows:
+            self._busy[row.queue] += 1
+        self._deliver(rows)
+
+    def _recover(self) -> None:
+        """Take what a fetch locked whose reply was lost: it is running under our token, and nobody else will free it
+        while we live.
+        """
+        if not self._lost:
+            return
+        found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
+        now = time.monotonic()
+        for row in found:
+            self._take([JobRow._make(row)])
+        for token in {row[-1] for row in found} | {token for token, until in self._lost.items() if now > until}:
+            del self._lost[token]
+
+    def _plan_poll(self, now: float, *, polling: bool, idle: bool) -> None:
+        """Poll again one interval after the last poll, later while there is nothing; work in one queue puts off no look
+        at another.
+        """
+        if polling:
+            self._idle = min(self._idle * 2, IDLE_POLL) if idle and self._hears() else 1
+        elif idle or self._idle == 1:
+            return
+        else:
+            self._idle = 1
+        pause = self._poll * self._idle * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+        self._poll_at = now + pause if polling else min(self._poll_at, now + pause)
+
+    def _pause(self) -> float:
+        now = time.monotonic()
+        if self._hungry:
+            self._starved = True  # before the look: who relieves it after this wakes it
+            if self._ready() and self._free_now():
+                return 0.0
+        wait = [self._poll_at - now, self.due.wait(now), self.wakeups.wait(now)]
+        if self._lost:
+            wait.append(1.0)
+        return max(0.0, min(wait))
