@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
-from sqla_river.rows import InsertRow, Place, expiring, place
+from sqla_river.rows import Heard, InsertRow, Place, expiring, place
 from sqla_river.statements import COPY_COLUMNS, INSERT_JOBS, INSERT_NUMBERED_JOBS, INSERT_UNIQUE_JOBS, RESERVE_IDS
 from sqla_river.states import mask_of
 
@@ -31,11 +31,11 @@ _id_field: Final = struct.Struct("!iq").pack
 
 def insert_rows(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], *, returning: bool
-) -> tuple[list[int], set[str]]:
+) -> tuple[list[int], Heard]:
     """Insert a block of plain rows in one round trip, two where ids are asked for.
 
     Returns:
-        The ids in input order (empty unless *returning*), and the queues that runners should hear of.
+        The ids in input order (empty unless *returning*), and what runners should hear of them.
 
     Raises:
         sqlalchemy.exc.DBAPIError: as an INSERT would raise it; the transaction is then aborted, and rolled back in the
@@ -47,21 +47,21 @@ def insert_rows(
         ids = list(store.execute(connection, schema, RESERVE_IDS, {"p_table": table, "p_count": len(rows)}).scalars())
     now = partial(store.transaction_now, connection)
     places = [place(row.when, row.pending, now) for row in rows]
-    queues = {row.queue for row, placed in zip(rows, places, strict=True) if placed.told}
+    heard = Heard.of(zip((row.queue for row in rows), places, strict=True))
     if connection.dialect.driver == "psycopg":
         _copy(connection, schema, rows, places, ids)
     else:
         _insert(connection, schema, rows, places, ids)
-    return ids, queues
+    return ids, heard
 
 
 def insert_unique(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow]
-) -> tuple[list[int | None], set[str]]:
+) -> tuple[list[int | None], Heard]:
     """Insert a block of unique rows in one round trip; those whose key is held are left out.
 
     Returns:
-        The ids in input order, None where left out, and the queues that runners should hear of.
+        The ids in input order, None where left out, and what runners should hear of them.
     """
     now = partial(store.transaction_now, connection)
     places = [place(row.when, row.pending, now) for row in rows]
@@ -74,8 +74,8 @@ def insert_unique(
     ]
     found = store.execute(connection, schema, INSERT_UNIQUE_JOBS, {"p_rows": f"[{','.join(texts)}]"})
     new = {bytes(key): job_id for job_id, key in found}
-    queues = {row.queue for row, placed, key in zip(rows, places, keys, strict=True) if placed.told and key in new}
-    return [new.pop(key, None) for key in keys], queues
+    heard = Heard.of((row.queue, placed) for row, placed, key in zip(rows, places, keys, strict=True) if key in new)
+    return [new.pop(key, None) for key in keys], heard
 
 
 def unique_key(connection: Connection, row: InsertRow) -> bytes:

@@ -11,11 +11,11 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from sqla_river import bulk, notify, store
 from sqla_river.args import JobArgs
-from sqla_river.config import Settings
+from sqla_river.config import NotifyMode, Settings
 from sqla_river.errors import EncodeError, InvalidOptionError, UniqueRaceError
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import NOTHING_SAID, InsertOptions, shown
-from sqla_river.rows import InsertRow, expiring, place
+from sqla_river.rows import Heard, InsertRow, expiring, place
 from sqla_river.session import check_bind, connect, load, mark_changed, sync_session
 from sqla_river.statements import INSERT_JOB, SELECT_HOLDER
 from sqla_river.tables import river_job
@@ -55,16 +55,15 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
     schema = store.real_schema(connection, declared_schema(type(job)))
     now = partial(store.transaction_now, connection)
-    state, at, told = place(row.when, row.pending, now)
+    placed = place(row.when, row.pending, now)
     values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in river_job.c}
     values["metadata_"] = expiring(row.metadata, row.expires, now)
-    values |= {"state": state} if at is None else {"state": state, "scheduled_at": at}
+    values |= {"state": placed.state} if placed.at is None else {"state": placed.state, "scheduled_at": placed.at}
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
     for key, value in zip(river_job.c.keys(), stored, strict=True):
         set_committed_value(job, key, value)
     make_transient_to_detached(job)
-    if told:
-        notify.announce(connection, schema, (row.queue,), job.__river__.notify)
+    notify.tell(connection, schema, Heard.of([(row.queue, placed)]), job.__river__.notify)
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:
@@ -74,9 +73,9 @@ def _insert_unique(session: Session | Connection, row: InsertRow, job_class: typ
     connection = connect(session, job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
     for _ in range(2):
-        (new,), queues = bulk.insert_unique(connection, schema, [row])
+        (new,), heard = bulk.insert_unique(connection, schema, [row])
         if new is not None:
-            notify.announce(connection, schema, queues, job_class.__river__.notify)
+            notify.tell(connection, schema, heard, job_class.__river__.notify)
             mark_changed(session)
             return load(session, new, job_class)
         key = bulk.unique_key(connection, row)
@@ -99,8 +98,7 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
         block = settings.through(encoded)
         connection = connect(session, job_class)
         schema = store.real_schema(connection, declared_schema(job_class))
-        block_ids, queues, new = _insert_block(connection, schema, block, returning=returning)
-        notify.announce(connection, schema, queues, settings.notify)
+        block_ids, new = _insert_block(connection, schema, block, settings.notify, returning=returning)
         mark_changed(session)
         ids.extend(block_ids)
         count += new
@@ -109,28 +107,27 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
 
 
 def _insert_block(
-    connection: Connection, schema: str | None, block: Sequence[InsertRow], *, returning: bool
-) -> tuple[list[int | None], set[str], int]:
-    """Plain rows by COPY, unique ones by INSERT; the ids in the order of the block, the queues to announce, and how
-    many were new.
-    """
+    connection: Connection, schema: str | None, block: Sequence[InsertRow], mode: NotifyMode, *, returning: bool
+) -> tuple[list[int | None], int]:
+    """Plain rows by COPY, unique ones by INSERT; the ids in the order of the block, and how many were new."""
     plain = [number for number, row in enumerate(block) if row.unique_at is None]
     unique = [number for number, row in enumerate(block) if row.unique_at is not None]
     ids: list[int | None] = [None] * len(block) if returning else []
-    queues: set[str] = set()
     new = len(plain)
     if plain:
-        found, queues = bulk.insert_rows(connection, schema, [block[number] for number in plain], returning=returning)
+        rows = block if not unique else [block[number] for number in plain]
+        found, heard = bulk.insert_rows(connection, schema, rows, returning=returning)
+        notify.tell(connection, schema, heard, mode)
         for number, found_id in zip(plain, found, strict=False):
             ids[number] = found_id
     if unique:
-        kept, more = bulk.insert_unique(connection, schema, [block[number] for number in unique])
-        queues |= more
+        kept, heard = bulk.insert_unique(connection, schema, [block[number] for number in unique])
+        notify.tell(connection, schema, heard, mode)
         new += sum(job_id is not None for job_id in kept)
         if returning:
             for number, job_id in zip(unique, kept, strict=True):
                 ids[number] = job_id
-    return ids, queues, new
+    return ids, new
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:

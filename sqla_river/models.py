@@ -14,7 +14,7 @@ from sqla_river.args import JobArgs
 from sqla_river.config import Settings
 from sqla_river.errors import MappingError, UniqueNeedsEnqueueError
 from sqla_river.options import OptionWords, check_schema, check_when, said_in
-from sqla_river.rows import InsertRow, expiring, place
+from sqla_river.rows import Heard, InsertRow, expiring, place
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER, job_table, river_job
 
@@ -95,7 +95,7 @@ class JobMixin:
     _expires: datetime | timedelta | None = None
     _delay: tuple[timedelta, datetime] | None = None
     """The delay that was asked for, and the ``scheduled_at`` that it is taken to mean so far."""
-    _told: bool = True
+    _heard: Heard | None = None
 
     def __init__(self, args: JobArgs, *, _row: InsertRow | None = None, **options: Unpack[OptionWords]) -> None:
         """A job that is not in the database yet; `InsertOptions` says what the options mean.
@@ -169,13 +169,13 @@ def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
             job.state = found.state
         if when is delay and delay is not None:
             job._delay = delay, found.at  # added anew after a rollback, it counts from the new now()
-    job._told = found.told
+    job._heard = Heard.of([(job.queue, found)])
     if job._expires is not None:
         job.metadata_ = expiring(job.metadata_, job._expires, partial(store.transaction_now, connection))
 
 
 @event.listens_for(JobMixin, "after_insert", propagate=True)
 def _announce(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
-    if job._told:
+    if job._heard is not None:
         schema = store.real_schema(connection, declared_schema(type(job)))
-        notify.announce(connection, schema, (job.queue,), job.__river__.notify)
+        notify.tell(connection, schema, job._heard, job.__river__.notify)

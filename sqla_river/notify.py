@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -28,6 +29,7 @@ from sqlalchemy import (
 
 from sqla_river import store
 from sqla_river.config import NotifyMode
+from sqla_river.rows import ANNOUNCED_AHEAD, Heard
 from sqla_river.statements import NOTIFY_QUEUES
 
 log: Final = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ Announcement = tuple[str | None, str]
 
 _told: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
 _marked: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
+_due: WeakKeyDictionary[Transaction, dict[tuple[str | None, str, NotifyMode], datetime]] = WeakKeyDictionary()
 _heard: WeakSet[Engine] = WeakSet()
 _announcers: dict[Any, "Announcer"] = {}
 _lock: Final = threading.Lock()
@@ -69,21 +72,51 @@ def announce(connection: Connection, schema: str | None, queues: Iterable[str], 
             told.update((schema, queue) for queue in fresh)
 
 
+def tell(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> None:
+    """`announce` what is to be heard of with this commit; and see to it that a commit which comes only when a job is
+    due, or nearly so, is announced too. No further round trip, but for such a commit.
+    """
+    announce(connection, schema, heard.now, mode)
+    root = connection.get_transaction()
+    if not heard.due or mode == "off" or root is None or isinstance(root, TwoPhaseTransaction):
+        return
+    with _lock:
+        due = _due.setdefault(root, {})
+        for queue, at in heard.due.items():
+            due[schema, queue, mode] = min(at, due.get((schema, queue, mode), at))
+        _hear(connection.engine)
+
+
+def _late(connection: Connection, root: Transaction) -> None:
+    """Before the COMMIT of *root*: announce those of its jobs that are due by now, or nearly so."""
+    soon = time.monotonic() + ANNOUNCED_AHEAD.total_seconds()
+    for (schema, queue, mode), at in _due.pop(root, {}).items():
+        if store.local_time(root, at) <= soon:
+            announce(connection, schema, (queue,), mode)
+
+
 def _mark(connection: Connection, root: Transaction, announcements: set[Announcement]) -> None:
     """Remember *announcements* until the commit of *root*: the Engine's, as the Session's events fire without one."""
     with _lock:
         _marked.setdefault(root, set()).update(announcements)
-        engine = connection.engine
-        if engine not in _heard:
-            _heard.add(engine)
-            event.listen(engine, "commit", _committing)
-            event.listen(engine, "commit_twophase", _committing)
+        _hear(connection.engine)
+
+
+def _hear(engine: Engine) -> None:
+    if engine not in _heard:
+        _heard.add(engine)
+        event.listen(engine, "commit", _committing)
+        event.listen(engine, "commit_twophase", _committing)
 
 
 def _committing(connection: Connection, *_twophase: object) -> None:
     root = connection.get_transaction()
-    announcements = _marked.pop(root, None) if root is not None else None
-    if announcements and root is not None:
+    if root is None:
+        return
+    if root in _due:
+        _late(connection, root)
+    announcements = _marked.pop(root, None)
+    if announcements:
         engine = connection.engine
         key = (os.getpid(), engine.pool)
         with _lock:

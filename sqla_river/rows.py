@@ -1,6 +1,6 @@
 """Plain values that travel between the stations."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +35,26 @@ def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], da
     if pending:
         return Place(JobState.PENDING, at, False)
     return Place(JobState.SCHEDULED if at > present else JobState.AVAILABLE, at, at - present <= ANNOUNCED_AHEAD)
+
+
+class Heard(NamedTuple):
+    """What runners should hear of some new jobs: of the queues in `now` when they are committed; of the others only if
+    that comes as late as their next job is due.
+    """
+
+    now: set[str]
+    due: dict[str, datetime]
+
+    @classmethod
+    def of(cls, placed: Iterable[tuple[str, Place]]) -> "Heard":
+        """From queue and place of each job."""
+        heard = cls(set(), {})
+        for queue, place_ in placed:
+            if place_.told:
+                heard.now.add(queue)
+            elif place_.state is JobState.SCHEDULED and place_.at is not None:
+                heard.due[queue] = min(place_.at, heard.due.get(queue, place_.at))
+        return heard
 
 
 def expiring(

@@ -1,18 +1,21 @@
 """The door for statements: which schema they mean, and the connections that a runner keeps for itself."""
 
 import json
+import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, Protocol, cast
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, Executable, RootTransaction, func, select
+from sqlalchemy import Connection, Engine, Executable, RootTransaction, Transaction, func, select
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import statements
 from sqla_river.errors import WrongDatabaseError
 from sqla_river.states import Transition
 
-_now: WeakKeyDictionary[RootTransaction, Any] = WeakKeyDictionary()
+_now: WeakKeyDictionary[Transaction, tuple[datetime, float]] = WeakKeyDictionary()
 
 
 class Rows(Protocol):
@@ -80,11 +83,20 @@ def transaction_now(connection: Connection) -> Any:
         root = connection.get_transaction()
     assert isinstance(root, RootTransaction)
     if getattr(connection.connection, "autocommit", False):  # what SQLAlchemy calls a transaction may last for days
-        return connection.execute(statements.SELECT_NOW).scalar_one()
-    now = _now.get(root)
-    if now is None:
-        now = _now[root] = connection.execute(statements.SELECT_NOW).scalar_one()
-    return now
+        return connection.execute(statements.SELECT_NOW).scalars().one()
+    known = _now.get(root)
+    if known is None:
+        row: Any = connection.execute(statements.SELECT_NOW).one()
+        known = _now[root] = row.now, time.monotonic() - row.age
+    return known[0]
+
+
+def local_time(root: Transaction, at: datetime) -> float:
+    """When *at* comes, on this machine's monotonic clock, by what `transaction_now` read in *root*; in the past if it
+    did not.
+    """
+    known = _now.get(root)
+    return -math.inf if known is None else known[1] + (at - known[0]).total_seconds()
 
 
 def error_json(transition: Transition) -> str | None:

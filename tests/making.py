@@ -55,7 +55,7 @@ class Greet:
 # ---- waiting ------------------------------------------------------------------------
 
 
-def eventually(condition: Callable[[], T], within: float = 10.0, what: str = "") -> T:
+def eventually(condition: Callable[[], T], within: float = 30.0, what: str = "") -> T:
     """What *condition* returns, as soon as that is true; it is asked every 5 ms, for *within* seconds."""
     deadline = time.monotonic() + within
     while not (value := condition()):
@@ -85,7 +85,7 @@ class Gate:
     def open(self) -> None:
         self._open.set()
 
-    def wait(self, count: int = 1, within: float = 10.0) -> list[JobContext[Any]]:
+    def wait(self, count: int = 1, within: float = 30.0) -> list[JobContext[Any]]:
         """The jobs that have started, once there are *count*."""
         return (
             eventually(lambda: self.started[:] if len(self.started) >= count else None, within, f"{count} starts") or []

@@ -85,7 +85,7 @@ def is_state(engine: Engine, job_id: int, state: str) -> Callable[[], bool]:
     return is_so
 
 
-def settled(engine: Engine, job_id: int, within: float = 10.0) -> Any:
+def settled(engine: Engine, job_id: int, within: float = 30.0) -> Any:
     """The row of the job once it neither waits for its start nor runs."""
 
     def row_if_settled() -> Any:
@@ -95,7 +95,7 @@ def settled(engine: Engine, job_id: int, within: float = 10.0) -> Any:
     return eventually(row_if_settled, within, f"job {job_id} to settle")
 
 
-def outcome(engine: Engine, workers: Workers | Handler, within: float = 10.0, **settings: Any) -> Any:
+def outcome(engine: Engine, workers: Workers | Handler, within: float = 30.0, **settings: Any) -> Any:
     """The row of one job after one attempt by *workers*."""
     (job_id,) = put(engine, 0)
     with working(engine, workers, **settings):

@@ -7,6 +7,7 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     ColumnElement,
+    Double,
     Insert,
     Integer,
     LargeBinary,
@@ -16,6 +17,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    extract,
     func,
     insert,
     select,
@@ -35,8 +37,8 @@ from sqla_river.statements.words import (
     queue_payload,
 )
 
-# Caller: store.transaction_now, once per transaction that enqueues for a given time.
-SELECT_NOW: Final = select(NOW)
+# Caller: store.transaction_now, once per transaction that enqueues for a given time. And how many seconds ago that was.
+SELECT_NOW: Final = select(NOW.label("now"), cast(extract("epoch", func.clock_timestamp() - NOW), Double).label("age"))
 
 _announced: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("queue", Text)).render_derived(name="q")
 

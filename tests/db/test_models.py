@@ -147,7 +147,7 @@ def test_a_thousand_jobs_for_one_time_are_one_insert_and_one_look_at_the_clock(e
         session.flush()
 
         assert [statement.partition(" (")[0].split("\n")[0] for statement in seen] == [
-            "SELECT now() AS now_1",
+            "SELECT now() AS now, CAST(EXTRACT(epoch FROM clock_timestamp() - now()) AS DOUBLE PRECISION) AS age",
             "INSERT INTO river_job",
         ]
 

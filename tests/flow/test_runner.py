@@ -294,6 +294,7 @@ def test_a_savepoint_that_rolls_back_takes_its_job_with_it(engine: Engine) -> No
     assert [job.args for job in gate.started] == [Count(1)]
 
 
+@pytest.mark.timed
 def test_a_committed_job_starts_within_10_ms_on_an_idle_runner(engine: Engine) -> None:
     started: dict[int, float] = {}
     told = threading.Semaphore(0)

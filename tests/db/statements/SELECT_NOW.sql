@@ -1,1 +1,2 @@
-SELECT now() AS now_1
+SELECT now() AS now, CAST(EXTRACT(epoch
+FROM clock_timestamp() - now()) AS DOUBLE PRECISION) AS age
