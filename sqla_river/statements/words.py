@@ -1,16 +1,20 @@
 """Pieces that several statements share: literals, arrays, the fence, a notification."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from sqlalchemy import (
     ARRAY,
+    BigInteger,
     Boolean,
     ColumnClause,
     ColumnElement,
     DateTime,
+    Dialect,
     MetaData,
     Table,
     Text,
+    TypeDecorator,
     and_,
     bindparam,
     case,
@@ -73,6 +77,35 @@ UNREADY: Final = job.c.state.in_([state("retryable"), state("scheduled")])
 def array_of(name: str, item: Any) -> ColumnElement[Any]:
     """A bind parameter of many values."""
     return bindparam(name, type_=ARRAY(item))
+
+
+class _Packed(TypeDecorator[Sequence[Any]]):
+    """Many values as the text of one array: psycopg dumps a list item by item, which costs 2 us a job for ids and
+    tokens, this 0.1. Numbers and tokens need no escapes.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, quote: str) -> None:
+        super().__init__()
+        self.quote = quote
+
+    def process_bind_param(self, value: Sequence[Any] | None, dialect: Dialect) -> str | None:  # noqa: ARG002 - its face
+        if not value:
+            return None if value is None else "{}"
+        quote = self.quote
+        return f"{{{quote}{f'{quote},{quote}'.join(map(str, value))}{quote}}}"
+
+
+def packed_ids(name: str) -> ColumnElement[Any]:
+    """A bind parameter of many ids, cheaper than `array_of`."""
+    return cast(bindparam(name, type_=_Packed("")), ARRAY(BigInteger))
+
+
+def packed_tokens(name: str) -> ColumnElement[Any]:
+    """Likewise of many tokens."""
+    return cast(bindparam(name, type_=_Packed('"')), ARRAY(Text))
 
 
 def notification(topic: str, payload: ColumnElement[Any]) -> ColumnElement[Any]:
