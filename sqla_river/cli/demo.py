@@ -2,7 +2,6 @@
 
 import logging
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -15,13 +14,12 @@ import click
 import sqlalchemy
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from sqlalchemy import URL, Engine, create_engine, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import URL, Engine
 
-from sqla_river.cli.database import CONNECT_TIMEOUT, database_option, engine_for, told
+from sqla_river.cli import ground
+from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
 from sqla_river.cli.tables import state_table
-from sqla_river.embedded import EmbeddedPostgres
 from sqla_river.runner import Runner
 from sqla_river.schema import create_all
 
@@ -107,26 +105,8 @@ class Demo:
         )
 
     def _engine(self, url: URL | None) -> Engine:
-        """An engine whose connections see nothing but a schema of the demo's own."""
-        if url is None:
-            postgres = EmbeddedPostgres()
-            self._stack.callback(postgres.stop)
-            postgres.start()
-            url = make_url(postgres.url())
-            schema = "public"
-            where = "a server of its own"
-        else:
-            schema = f"sqla_river_demo_{secrets.token_hex(4)}"
-            self._stack.callback(_drop, url, schema)
-            with engine_for(url).begin() as connection:
-                connection.execute(text(f"CREATE SCHEMA {schema}"))
-            where = f"your server, in schema {schema}"
-        given = url.query.get("options", "")
-        options = f"{given if isinstance(given, str) else ' '.join(given)} -csearch_path={schema}"
-        engine = create_engine(url, connect_args={"connect_timeout": CONNECT_TIMEOUT, "options": options})
-        self._stack.callback(engine.dispose)
-        with engine.connect() as connection:
-            version = connection.execute(text("SHOW server_version")).scalar_one().split()[0]
+        engine, where = ground.prepare(url, "demo", self._stack)
+        version = ground.server_version(engine)
         self.say(f"PostgreSQL {version} is ready: {where}; SQLAlchemy {sqlalchemy.__version__}")
         return engine
 
@@ -179,14 +159,6 @@ class _Told(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._say(record.getMessage(), "yellow" if record.levelno >= logging.WARNING else "")
-
-
-def _drop(url: URL, schema: str) -> None:
-    try:
-        with engine_for(url, options="-cstatement_timeout=10s").begin() as connection:
-            connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
-    except DBAPIError as error:
-        click.echo(f"could not drop the schema {schema}: {error.orig}; drop it by hand", err=True)
 
 
 def _find_shop() -> None:
