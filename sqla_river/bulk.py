@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
-from sqla_river.rows import Heard, InsertRow, Place, expiring, place
+from sqla_river.rows import AT_ONCE, Heard, InsertRow, Place, expiring, place
 from sqla_river.statements import COPY_COLUMNS, INSERT_JOBS, INSERT_NUMBERED_JOBS, INSERT_UNIQUE_JOBS, RESERVE_IDS
 from sqla_river.states import mask_of
 
@@ -46,8 +46,8 @@ def insert_rows(
         table = f"{ddl.qualifier(schema)}river_job"
         ids = list(store.execute(connection, schema, RESERVE_IDS, {"p_table": table, "p_count": len(rows)}).scalars())
     now = partial(store.transaction_now, connection)
-    places = [place(row.when, row.pending, now) for row in rows]
-    heard = Heard.of(zip((row.queue for row in rows), places, strict=True))
+    places = [AT_ONCE if row.when is None and not row.pending else place(row.when, row.pending, now) for row in rows]
+    heard = Heard.of({(row.queue, placed) for row, placed in zip(rows, places, strict=True)})
     if connection.dialect.driver == "psycopg":
         _copy(connection, schema, rows, places, ids)
     else:
@@ -95,15 +95,20 @@ def _copy(
     ends: dict[Any, bytes] = {}
     block = [_HEADER]
     add = block.append
+    key: tuple[object, ...] | None
+    last: tuple[object, ...] | None = None
+    end: bytes | None = None
     for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
-        kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires, *_ = row
+        kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires, _, _ = row
         key = (kind, queue, priority, max_attempts, tags, placed) if not metadata and expires is None else None
-        end = ends.get(key)
-        if end is None:
-            at = (placed.at or now()) if timed else None
-            end = _end(row, placed, expiring(metadata, expires, now), at)
-            if key is not None:
-                ends[key] = end
+        if end is None or key is None or key != last:  # equal by identity mostly, and so cheaper than a look-up
+            last = key
+            end = ends.get(key) if key is not None else None
+            if end is None:
+                at = (placed.at or now()) if timed else None
+                end = _end(row, placed, expiring(metadata, expires, now), at)
+                if key is not None:
+                    ends[key] = end
         add(_args_head(count, len(args) + 1, 1))
         add(args)
         if ids:

@@ -41,6 +41,24 @@ def _around(
     return lambda rows: middleware.insert(rows, next_)
 
 
+_OfClass = tuple[str, InsertOptions, tuple[Any, ...]]
+"""Kind and options of an args class, and the columns that they come to."""
+
+
+def _columns(options: InsertOptions) -> tuple[Any, ...]:
+    """What `InsertRow` has between args and the unique key; RIVER_DEFAULTS says what nobody else did."""
+    return (
+        options.queue,
+        options.priority,
+        options.max_attempts,
+        options.tags,
+        options.metadata,
+        options.scheduled_at,
+        options.pending,
+        options.expires,
+    )
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """What a `River` was told. Two with equal values are equal, and interchangeable."""
@@ -49,9 +67,11 @@ class Settings:
     defaults: InsertOptions = NOTHING_SAID
     notify: NotifyMode = attrs.field(default="transaction", validator=_known_mode)
     middleware: tuple[InsertMiddleware, ...] = ()
-    _by_class: WeakKeyDictionary[type, tuple[str, InsertOptions]] = attrs.field(
-        factory=WeakKeyDictionary[type, tuple[str, InsertOptions]], init=False, eq=False, repr=False
+    _by_class: WeakKeyDictionary[type, _OfClass] = attrs.field(
+        factory=WeakKeyDictionary[type, _OfClass], init=False, eq=False, repr=False
     )
+    _last: list[tuple[type, _OfClass]] = attrs.field(factory=list[Any], init=False, eq=False, repr=False)
+    """The class that was asked for last, which mostly is the next one too: a look into a weak dictionary costs more."""
     _lock: Any = attrs.field(factory=threading.Lock, init=False, eq=False, repr=False)
 
     def one(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
@@ -85,27 +105,23 @@ class Settings:
             EncodeError: args that their own types, JSON or PostgreSQL refuse.
             InvalidOptionError: a kind outside its rule.
         """
-        kind, options = self._of_class(type(args), args)
+        args_type = type(args)
+        of_class = self._last[0] if self._last else None
+        if of_class is None or of_class[0] is not args_type:
+            of_class = args_type, self._of_class(args_type, args)
+            self._last[:] = [of_class]
+        kind, options, columns = of_class[1]
         if said is not NOTHING_SAID:
             options = said.over(options)
+            columns = _columns(options)
         encoded = self.codec.encode(args)
-        unique, queue = options.unique, cast("str", options.queue)  # RIVER_DEFAULTS says what nobody else did
-        return InsertRow(
-            kind,
-            encoded,
-            queue,
-            options.priority,  # type: ignore[arg-type]
-            options.max_attempts,  # type: ignore[arg-type]
-            options.tags,  # type: ignore[arg-type]
-            options.metadata,  # type: ignore[arg-type]
-            options.scheduled_at,
-            options.pending,  # type: ignore[arg-type]
-            options.expires,
-            None if unique is None else partial(unique.key_of, kind, encoded, queue, marked=unique_fields(type(args))),
-            None if unique is None else unique.states,
-        )
+        unique = options.unique
+        if unique is None:
+            return InsertRow(kind, encoded, *columns)
+        key = partial(unique.key_of, kind, encoded, columns[0], marked=unique_fields(args_type))
+        return InsertRow(kind, encoded, *columns)._replace(unique_at=key, unique_states=unique.states)
 
-    def _of_class(self, args_type: type, args: JobArgs) -> tuple[str, InsertOptions]:
+    def _of_class(self, args_type: type, args: JobArgs) -> _OfClass:
         known = self._by_class.get(args_type)
         if known is None:
             if isinstance(args, type):
@@ -120,7 +136,8 @@ class Settings:
                 raise InvalidOptionError(
                     "options", f"{args_type.__name__}.options must be InsertOptions(...), got {type(options).__name__}"
                 )
-            known = (kind, options.over(self.defaults).over(RIVER_DEFAULTS))
+            options = options.over(self.defaults).over(RIVER_DEFAULTS)
+            known = kind, options, _columns(options)
             with self._lock:
                 self._by_class[args_type] = known
         return known

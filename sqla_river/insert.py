@@ -1,6 +1,7 @@
 """Enqueue: jobs join the caller's unit of work. Nothing here commits, and nothing opens a savepoint."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -94,7 +95,8 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
     settings = job_class.__river__
     count = skipped = 0
     ids: list[int | None] = []
-    for encoded in _blocks(items, settings):
+    blocks = _blocks(items, settings)
+    for encoded in _ahead(blocks) if type(items) in (list, tuple) else blocks:
         block = settings.through(encoded)
         connection = connect(session, job_class)
         schema = store.real_schema(connection, declared_schema(job_class))
@@ -128,6 +130,17 @@ def _insert_block(
             for number, job_id in zip(unique, kept, strict=True):
                 ids[number] = job_id
     return ids, new
+
+
+def _ahead(blocks: Iterator[list[InsertRow]]) -> Iterator[list[InsertRow]]:
+    """*blocks*, each encoded while the server works at the one before. Only where nothing but args is looked at on the
+    way: a generator may use the same session.
+    """
+    with ThreadPoolExecutor(1, "sqla_river-encode") as encoder:
+        coming = encoder.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = encoder.submit(next, blocks, None)
+            yield block
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:

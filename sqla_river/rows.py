@@ -22,6 +22,10 @@ class Place(NamedTuple):
     told: bool
 
 
+AT_ONCE: Final = Place(JobState.AVAILABLE, None, True)
+_PENDING: Final = Place(JobState.PENDING, None, False)
+
+
 def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], datetime]) -> Place:
     """Decide between available, scheduled and pending by *now*, the database's clock, which is asked only if there is
     a time to compare.
@@ -29,7 +33,7 @@ def place(when: datetime | timedelta | None, pending: bool, now: Callable[[], da
     A time that has come inserts as available: River would let it wait for its scheduler.
     """
     if when is None:
-        return Place(JobState.PENDING, None, False) if pending else Place(JobState.AVAILABLE, None, True)
+        return _PENDING if pending else AT_ONCE
     present = now()
     at = present + when if isinstance(when, timedelta) else when
     if pending:
