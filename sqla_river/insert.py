@@ -53,18 +53,29 @@ def enqueue(session: Any, args: JobArgs, said: InsertOptions, job_class: type[J]
 
 
 def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
-    """Through Core, for code that has no Session, such as a mapper event. One round trip, and the notification."""
+    """Through Core, for code that has no Session, such as a mapper event. One round trip, the notification in it."""
     schema = store.real_schema(connection, declared_schema(type(job)))
     now = partial(store.transaction_now, connection)
     placed = place(row.when, row.pending, now)
-    values: dict[str, Any] = {name: value for name, value in vars(job).items() if name in river_job.c}
-    values["metadata_"] = expiring(row.metadata, row.expires, now)
-    values |= {"state": placed.state} if placed.at is None else {"state": placed.state, "scheduled_at": placed.at}
+    heard = Heard.of([(row.queue, placed)])
+    values: dict[str, Any] = {
+        "p_kind": row.kind,
+        "p_args": job.args,
+        "p_queue": row.queue,
+        "p_priority": row.priority,
+        "p_max_attempts": row.max_attempts,
+        "p_tags": list(row.tags),
+        "p_metadata": expiring(row.metadata, row.expires, now),
+        "p_state": placed.state,
+        "p_scheduled_at": placed.at,
+        "p_schema": schema,
+        "p_said": notify.says(connection, schema, heard, job.__river__.notify),
+    }
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
-    for key, value in zip(river_job.c.keys(), stored, strict=True):
+    for key, value in zip(river_job.c.keys(), stored, strict=False):
         set_committed_value(job, key, value)
     make_transient_to_detached(job)
-    notify.tell(connection, schema, Heard.of([(row.queue, placed)]), job.__river__.notify)
+    notify.tell(connection, schema, heard, job.__river__.notify)
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:

@@ -64,12 +64,31 @@ def announce(connection: Connection, schema: str | None, queues: Iterable[str], 
     if mode == "after_commit":
         _mark(connection, root, {(schema, queue) for queue in queues})
     elif not isinstance(root, TwoPhaseTransaction):
-        inner: NestedTransaction | Transaction = connection.get_nested_transaction() or root
-        told = _told.setdefault(inner, set())
+        told = _told_in(connection, root)
         fresh = sorted({queue for queue in queues if (schema, queue) not in told})
         if fresh:
             store.execute(connection, schema, NOTIFY_QUEUES, {"p_schema": schema, "p_queues": fresh})
             told.update((schema, queue) for queue in fresh)
+
+
+def _told_in(connection: Connection, root: Transaction) -> set[Announcement]:
+    inner: NestedTransaction | Transaction = connection.get_nested_transaction() or root
+    return _told.setdefault(inner, set())
+
+
+def says(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> bool:
+    """Whether the statement that puts in a job of one queue is to announce it by itself, as `tell` would by another:
+    which then has nothing left to say.
+    """
+    if mode != "transaction" or not heard.now:
+        return False
+    root = connection.get_transaction() or connection.begin()
+    if isinstance(root, TwoPhaseTransaction):
+        return False
+    told, before = _told_in(connection, root), {(schema, queue) for queue in heard.now}
+    fresh = not before <= told
+    told |= before
+    return fresh
 
 
 def tell(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> None:

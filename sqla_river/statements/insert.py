@@ -6,6 +6,7 @@ from sqlalchemy import (
     ARRAY,
     JSON,
     BigInteger,
+    Boolean,
     ColumnElement,
     Double,
     Insert,
@@ -46,8 +47,27 @@ _announced: Final = func.unnest(array_of("p_queues", Text)).table_valued(column(
 # (PreCommit_Notify in PostgreSQL's async.c): per transaction and queue, never per row.
 NOTIFY_QUEUES: Final = select(notification("river_insert", queue_payload(_announced.c.queue))).select_from(_announced)
 
-# Caller: insert.py for a Core connection. RETURNING brings what an ORM flush would load.
-INSERT_JOB: Final = insert(job).returning(job)
+_made: Final = (
+    insert(job)
+    .values(
+        {
+            name: bindparam(f"p_{job.c[name].name}", type_=job.c[name].type)
+            for name in ("kind", "args", "queue", "priority", "max_attempts", "tags", "metadata_", "state")
+        }
+        | {"scheduled_at": func.coalesce(bindparam("p_scheduled_at", type_=MOMENT), NOW)}
+    )
+    .returning(job)
+    .cte("made")
+)
+_said: Final = (
+    select(notification("river_insert", queue_payload(_made.c.queue)).label("said"))
+    .where(bindparam("p_said", type_=Boolean))
+    .cte("said")
+)
+
+# Caller: insert.py for a Core connection: the job, what an ORM flush would load, and, where p_said, the notification,
+# in one round trip. That is selected, or PostgreSQL would never call it.
+INSERT_JOB: Final = select(*_made.c, select(func.count(_said.c.said)).scalar_subquery().label("said"))
 
 _given: Final = (
     func.json_to_recordset(cast(bindparam("p_rows", type_=Text), JSON))
