@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"notify", "bulk", "schema", "listen"},  # 5 the other doors: only doors execute SQL
     {"models"},  # 6 the mapping, and its listeners
     {"session"},  # 7 the caller's session
-    {"insert", "admin", "wait", "stats", "check"},  # 8 the stations of a client
+    {"insert", "admin", "queues", "wait", "stats", "check"},  # 8 the stations of a client
     {"fetch", "execute", "slots", "settle", "complete", "heartbeat", "duties"},  # 9 the stations of a worker
     {"river"},  # 10 assembly of the client
     {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody
