@@ -129,20 +129,19 @@ class Incarnation:
             middleware=orders.middleware,
             on_error=orders.on_error,
         )
-        self.completer = Completer(
+        self.completer: Completer = Completer(
             complete,
             wake=lambda: self._completing.wake(),
             written=self._written,
             relieved=lambda: self._fetcher.relieved(),
         )
-        self._held = Held(
+        self._held: Held = Held(
             self.executor,
             self.completer,
             slots,
             freed=lambda queue: self._fetcher.freed(queue),
-            last=orders.async_engine.dispose
-            if orders.async_engine is not None
-            else None,  # its connections are the loop's
+            # Its connections are the loop's.
+            last=orders.async_engine.dispose if orders.async_engine is not None else None,
         )
         self._listener = (
             Listener(store.twin(orders.listen_engine), schema, f"sqla_river:listen:{self.id}", TOPICS, self._heard)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
+from psycopg import sql
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session, scoped_session, sessionmaker
@@ -60,7 +61,7 @@ def channel(url: str, schema: str = "public") -> Generator[Callable[[], list[Any
     """What is said on the control channel of *schema*, from here on, up to a last word of the test's own."""
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as listening:
-        listening.execute(f'LISTEN "{schema}.river_control"')
+        listening.execute(sql.SQL("LISTEN {}").format(sql.Identifier(f"{schema}.river_control")))
 
         def said() -> list[Any]:
             listening.execute("SELECT pg_notify(%s, 'last')", [f"{schema}.river_control"])
@@ -72,6 +73,10 @@ def channel(url: str, schema: str = "public") -> Generator[Callable[[], list[Any
             raise AssertionError(heard)
 
         yield said
+
+
+def update_to_nothing(session: Session, queue: str) -> QueueInfo:
+    return update_queue(session, queue, metadata={})
 
 
 # ---- pause and resume
@@ -143,7 +148,7 @@ def test_a_queue_that_nobody_has_worked_can_be_paused_in_advance(engine: Engine)
     assert paused(engine) == {"of_the_next_release": True}
 
 
-@pytest.mark.parametrize("verb", [resume, lambda session, queue: update_queue(session, queue, metadata={})])
+@pytest.mark.parametrize("verb", [resume, update_to_nothing])
 def test_what_is_not_there_is_said_and_the_session_goes_on(engine: Engine, url: str, verb: Any) -> None:
     make_queue(engine, "mail")
     with channel(url) as said, Session(engine) as session, session.begin():
@@ -166,9 +171,7 @@ BAD_NAMES: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "verb", [pause, resume, lambda session, queue: update_queue(session, queue, metadata={})], ids=["p", "r", "u"]
-)
+@pytest.mark.parametrize("verb", [pause, resume, update_to_nothing], ids=["p", "r", "u"])
 def test_a_bad_name_is_refused_before_anything_is_sent(engine: Engine, verb: Any) -> None:
     with Session(engine) as session, statements_of(engine) as sent:
         for name in BAD_NAMES:

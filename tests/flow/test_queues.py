@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -58,6 +58,15 @@ def left(engine: Engine, queue: str) -> int:
         return int(connection.execute(asked, {"queue": queue}).scalar_one())
 
 
+def fewer_left(engine: Engine, queue: str, most: int) -> Callable[[], bool]:
+    """A condition: some of *most* waiting jobs of *queue* have started."""
+
+    def fewer() -> bool:
+        return left(engine, queue) < most
+
+    return fewer
+
+
 def probe(engine: Engine, *queues: str) -> None:
     """Wait until the runners of *queues* have fetched, all their queues at once, in snapshots that begin now."""
     ids = [put(engine, 0, queue=queue)[0] for queue in queues]
@@ -90,7 +99,7 @@ def test_no_fetch_that_begins_after_a_pause_starts_a_job_and_resume_wakes_at_onc
             waiting = left(engine, "load")
             assert waiting
             resumed(engine, "load")
-            eventually(lambda most=waiting: left(engine, "load") < most, what="a start")
+            eventually(fewer_left(engine, "load", waiting))
         resumed(engine, "*")
         eventually(lambda: set(count_states(engine)) == {"completed"}, within=30)
 
@@ -323,7 +332,7 @@ def test_slots_change_at_work(engine: Engine) -> None:
         running: list[int] = []
         for running_next in (3, 2):
             turnstile.let()
-            eventually(lambda most=running_next: turnstile.running <= most)
+            turnstile.holds(running_next)
             probe(engine, "a")
             running.append(turnstile.running)
         turnstile.let()

@@ -1,7 +1,7 @@
 """The queues of a Runner as a Mapping, and what may not be done to them."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -32,7 +32,7 @@ def test_a_runner_that_does_not_work_takes_changes_for_its_next_start() -> None:
 @pytest.mark.parametrize("slots", [0, -1, 10_001, 1.0, "1", True, None])
 def test_slots_are_1_to_10000(slots: Any) -> None:
     queues = Queues({"default": 10_000})
-    refusals = [
+    refusals: list[Callable[[], object]] = [
         lambda: Queues({"default": slots}),
         lambda: queues.add("mail", slots),
         lambda: queues.__setitem__("default", slots),
@@ -62,7 +62,8 @@ def test_what_cannot_be_is_said_with_the_way_out() -> None:
         queues.remove("default")
     with pytest.raises(ConfigError, match="queues is empty"):
         Queues({})
-    for unknown in (lambda: queues.remove("mail"), lambda: queues.__setitem__("mail", 1)):
+    refusals: list[Callable[[], None]] = [lambda: queues.remove("mail"), lambda: queues.__setitem__("mail", 1)]
+    for unknown in refusals:
         with pytest.raises(QueueNotFoundError, match=r"'mail' is not worked here, only default") as caught:
             unknown()
         assert caught.value.queue == "mail"
