@@ -262,8 +262,7 @@ class Incarnation:
             raise self._refused
         self.started = True
         self._fetching.start()
-        queues = ", ".join(f"{name}={size}" for name, size in self._heart.slots.items())
-        log.info("runner %s works queues %s", self.id, queues)
+        log.info("runner %s works queues %s", self.id, _listed(self._heart.slots))
 
     def _beat(self) -> float:
         """A heartbeat; before the first, whether the tables are there and as this library needs them."""
@@ -287,6 +286,9 @@ class Incarnation:
 
     def resize(self, slots: Mapping[str, int]) -> None:
         """Work *slots* from now on. Returns once new queues have their rows, or after 10 s without a database."""
+        if slots is self._heart.slots:
+            return
+        log.info("runner %s works queues %s from now on", self.id, _listed(slots))
         self._held.resize(slots)
         self._fetcher.resize(slots)
         self._heart.slots = slots
@@ -379,6 +381,10 @@ def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
     incarnation = reference()
     if incarnation is not None and incarnation.pid == os.getpid() and not incarnation.stopping:
         incarnation.stop(0.0)
+
+
+def _listed(slots: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in slots.items())
 
 
 def _notice(payload: str) -> dict[str, Any]:

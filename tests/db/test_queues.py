@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import psycopg
@@ -19,8 +19,10 @@ from sqla_river import JobMixin, QueueInfo, River, create_all, list_queues, paus
 from sqla_river import asyncio as awaited
 from sqla_river.duties.prune import Clean
 from sqla_river.errors import AsyncSessionError, InvalidOptionError, QueueNotFoundError
+from sqla_river.fetch import bounds
+from sqla_river.rows import JobRow
 from tests.database import emptied, shared_database, statements_of
-from tests.making import opened
+from tests.making import make_fetcher, make_job, opened
 
 Verb = Callable[[Any, str], list[QueueInfo]]
 
@@ -355,6 +357,36 @@ def test_a_class_in_a_schema_of_its_own_has_queues_of_its_own(engine: Engine, ur
 
 
 # ---- beside others
+
+
+@pytest.mark.parametrize("how", ["resumed", "added again"])
+def test_what_waited_long_is_found_at_once_though_the_fetch_went_by_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A scan that found little gives a bound, behind which the next ones begin until the next poll."""
+    monkeypatch.setattr(bounds, "WASTEFUL", 0.0)
+    make_job(engine, due_in=timedelta(minutes=-1))
+    delivered: list[JobRow] = []
+    with opened(engine) as own, Session(engine) as session:
+        fetcher = make_fetcher(own, delivered, poll=300.0)
+        pause(session, "default")
+        session.commit()
+        fetcher.step()
+        resume(session, "default")
+        session.commit()
+        fetcher.heard("default", pid=1)
+        fetcher.step()
+        passed_by = not delivered
+        if how == "resumed":
+            fetcher.heard("default")
+        else:
+            fetcher.resize({"other": 1})
+            fetcher.step()
+            fetcher.resize({"default": 1, "other": 1})
+        fetcher.step()
+
+    assert passed_by
+    assert len(delivered) == 1
 
 
 def test_stars_and_names_at_once_never_deadlock(engine: Engine) -> None:

@@ -296,6 +296,24 @@ def test_a_removed_queue_is_fetched_no_more_and_its_running_jobs_end(engine: Eng
     assert {read_job(engine, job_id)["attempt"] for job_id in ids} == {1}
 
 
+def test_what_has_not_begun_when_its_queue_is_removed_goes_back_with_its_attempt(engine: Engine) -> None:
+    gone, kept = make_job(engine, queue="mail"), make_job(engine, queue="a")
+    stations = Incarnation(Runner(engine, handling(nothing), queues={"mail": 1, "a": 1})._orders)
+    threads = stations._held._threads
+    threads._idle = 2  # which are slow to begin
+    with opened(engine) as own:
+        stations._held.deliver(fetch(own, slots={"mail": 1, "a": 1}))
+    stations._held.resize({"a": 1})
+    waiting = threads.take_back()
+    stations.completer.step()
+    stations.completer.close()
+
+    assert [row.id for row in waiting] == [kept]
+    assert (kept in stations._held, gone in stations._held) == (True, False)
+    back = read_job(engine, gone)
+    assert (back["state"], back["attempt"], back["errors"]) == ("available", 0, None)
+
+
 def test_what_a_fetch_brings_of_a_removed_queue_goes_back_with_its_attempt(engine: Engine) -> None:
     gone, kept = make_job(engine, queue="mail"), make_job(engine, queue="a")
     gate = Gate()
