@@ -210,7 +210,10 @@ class Incarnation:
 
     def _heard(self, topic: str | None, payload: str, pid: int) -> None:
         """A notification of the backend *pid*: anybody may send one, so it is only a hint."""
-        notice = _notice(payload) if topic is not None else {}
+        if topic is None:  # LISTEN is in force, perhaps again: a queue may have been resumed meanwhile
+            self._fetcher.resumed(None)
+            return
+        notice = _notice(payload)
         queue = notice.get("queue")
         queue = queue if isinstance(queue, str) else None
         if topic == CONTROL:
@@ -224,7 +227,7 @@ class Incarnation:
         if action == "cancel" and isinstance(job_id, int) and job_id in self._held:
             self._beating.wake()  # which reads whether somebody did ask
         elif action == "resume":
-            self._fetcher.heard(None if queue in (None, "*") else queue)
+            self._fetcher.resumed(None if queue in (None, "*") else queue)
         if (
             action in ("pause", "resume")
             and self.events.heard

@@ -61,7 +61,7 @@ class Threads:
         """
         self._waiting.extend(rows)
         most = max(self._size, held)
-        if self._made < most:
+        if not self._made == self._size == most:  # else none is to be made, and none retires
             with self._lock:
                 for _ in range(min(len(rows), most - self._made)):
                     self._made += 1

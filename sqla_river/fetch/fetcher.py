@@ -77,7 +77,7 @@ class Fetcher:
         self._number = 0
         self._lost: dict[str, float] = {}
         self._bounds = Bounds(poll)
-        self._doubted: deque[str | None] = deque()
+        self._resumed: deque[str | None] = deque()
         # What the next step has to do, and when (monotonic).
         self._hungry = set(slots)
         self._idle = 1
@@ -91,14 +91,17 @@ class Fetcher:
     # ---- called from other threads ---------------------------------------------------------------------------------
 
     def heard(self, queue: str | None, pid: int = 0) -> None:
-        """A notification of the backend *pid*: a job of *queue*, of any queue where None, is there or due soon. Without
-        a *pid* they may have been there for long, as after a pause.
-        """
+        """A notification of the backend *pid*: a job of *queue*, of any queue where None, is there or due soon."""
         if queue is None or queue in self._slots:
-            if not pid:
-                self._doubted.append(queue)
             self.wakeups.heard(queue, pid)
             self._wake()
+
+    def resumed(self, queue: str | None) -> None:
+        """The pause of *queue*, of any queue where None, may be over. Its jobs may have waited long, and fetches have
+        passed them by: the next one begins at the start.
+        """
+        self._resumed.append(queue)
+        self.heard(queue)
 
     def resize(self, slots: Mapping[str, int]) -> None:
         """Fetch as *slots* says, which nobody changes any more, from the next step on."""
@@ -125,8 +128,8 @@ class Fetcher:
         self._heed_resize()
         woken, twice = self.wakeups.take(self._slots, now)
         self._hungry |= woken
-        while self._doubted:
-            self._bounds.forget(self._doubted.popleft())
+        while self._resumed:
+            self._bounds.forget(self._resumed.popleft())
         polling = now >= self._poll_at
         if polling:
             self._hungry = set(self._slots)

@@ -378,7 +378,7 @@ def test_what_waited_long_is_found_at_once_though_the_fetch_went_by_it(
         fetcher.step()
         passed_by = not delivered
         if how == "resumed":
-            fetcher.heard("default")
+            fetcher.resumed("default")
         else:
             fetcher.resize({"other": 1})
             fetcher.step()

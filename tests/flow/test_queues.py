@@ -300,7 +300,7 @@ def test_what_has_not_begun_when_its_queue_is_removed_goes_back_with_its_attempt
     gone, kept = make_job(engine, queue="mail"), make_job(engine, queue="a")
     stations = Incarnation(Runner(engine, handling(nothing), queues={"mail": 1, "a": 1})._orders)
     threads = stations._held._threads
-    threads._idle = 2  # which are slow to begin
+    threads._made = 2  # which are slow to begin
     with opened(engine) as own:
         stations._held.deliver(fetch(own, slots={"mail": 1, "a": 1}))
     stations._held.resize({"a": 1})
