@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from sqla_river import states
@@ -102,7 +103,7 @@ class Held:
             del self._unfinished[result.job.id]
             return True
 
-    def give_back(self, rows: Sequence[JobRow]) -> None:
+    def give_back(self, rows: Iterable[JobRow]) -> None:
         """Make *rows* available again, their attempt given back."""
         for row in rows:
             self._completer.put(Result(row, states.interrupted()))
@@ -116,14 +117,19 @@ class Held:
     # ---- what may befall them ---------------------------------------------------------------------------------------
 
     def resize(self, slots: Mapping[str, int]) -> None:
-        """Run as many jobs at once as *slots* says. What waits for a slot of a queue that is gone goes back."""
+        """Run as many jobs at once as *slots* says. Where a queue has more than that, what has not begun goes back."""
         with self._placing:
-            gone = self._slots.keys() - slots.keys()
             self._slots = slots
-            if gone:
-                waiting = self._threads.take_back()
-                self.give_back([row for row in waiting if row.queue in gone])
-                self._threads.put_back(row for row in waiting if row.queue not in gone)
+            waiting = self._threads.take_back()
+            surplus = Counter(row.queue for row in self.rows)
+            surplus.subtract(slots)
+            back = set[JobRow]()
+            for row in reversed(waiting):
+                if surplus[row.queue] > 0:
+                    surplus[row.queue] -= 1
+                    back.add(row)
+            self._threads.put_back(row for row in waiting if row not in back)
+            self.give_back(back)
             self._threads.resize(sum(slots.values()), len(self._unfinished))
 
     def lost(self, rows: Sequence[JobRow]) -> None:

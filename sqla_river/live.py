@@ -63,7 +63,8 @@ class Queues(Mapping[str, int]):
             self._change({other: slots for other, slots in self._slots.items() if other != name})
 
     def __setitem__(self, name: str, slots: int) -> None:
-        """Change the slots of a queue. More take jobs at once; with fewer no further job starts until fewer run.
+        """Change the slots of a queue. More take jobs at once; with fewer no further job starts until fewer run, but
+        for what a fetch that is on its way brings.
 
         Raises:
             QueueNotFoundError: it is not worked here.

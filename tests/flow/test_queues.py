@@ -296,22 +296,28 @@ def test_a_removed_queue_is_fetched_no_more_and_its_running_jobs_end(engine: Eng
     assert {read_job(engine, job_id)["attempt"] for job_id in ids} == {1}
 
 
-def test_what_has_not_begun_when_its_queue_is_removed_goes_back_with_its_attempt(engine: Engine) -> None:
-    gone, kept = make_job(engine, queue="mail"), make_job(engine, queue="a")
-    stations = Incarnation(Runner(engine, handling(nothing), queues={"mail": 1, "a": 1})._orders)
+@pytest.mark.parametrize(("slots", "stay"), [({"a": 1}, [1]), ({"a": 1, "mail": 1}, [1, 2]), ({"mail": 5}, [2, 3])])
+def test_what_has_not_begun_and_has_no_slot_any_more_goes_back_with_its_attempt(
+    engine: Engine, slots: dict[str, int], stay: list[int]
+) -> None:
+    ids = [make_job(engine, queue=queue) for queue in ("a", "mail", "mail")]
+    stations = Incarnation(Runner(engine, handling(nothing), queues={"mail": 2, "a": 1})._orders)
     threads = stations._held._threads
-    threads._made = 2  # which are slow to begin
+    threads._made = 3  # which are slow to begin
     with opened(engine) as own:
-        stations._held.deliver(fetch(own, slots={"mail": 1, "a": 1}))
-    stations._held.resize({"a": 1})
+        stations._held.deliver(fetch(own, slots={"mail": 2, "a": 1}))
+    stations._held.resize(slots)
     waiting = threads.take_back()
     stations.completer.step()
     stations.completer.close()
 
-    assert [row.id for row in waiting] == [kept]
-    assert (kept in stations._held, gone in stations._held) == (True, False)
-    back = read_job(engine, gone)
-    assert (back["state"], back["attempt"], back["errors"]) == ("available", 0, None)
+    assert ids == [1, 2, 3]
+    assert [row.id for row in waiting] == stay
+    for job_id in ids:
+        row = read_job(engine, job_id)
+        left = (row["state"], row["attempt"], row["errors"])
+        assert left == (("running", 1, None) if job_id in stay else ("available", 0, None))
+        assert (job_id in stations._held) == (job_id in stay)
 
 
 def test_what_a_fetch_brings_of_a_removed_queue_goes_back_with_its_attempt(engine: Engine) -> None:
