@@ -362,9 +362,11 @@ def test_slots_change_at_work(engine: Engine) -> None:
         turnstile.let()
         eventually(lambda: left(engine, "mail") == 3, what="the next to start")
         turnstile.holds(2)
-        eventually(lambda: slot_threads() <= 3, what="the threads to end")
+        eventually(lambda: slot_threads() == 3, what="the threads to end")
         turnstile.let(10)
         eventually(lambda: set(count_states(engine)) == {"completed"})
+        runner.queues["mail"] = 1
+        eventually(lambda: slot_threads() == 2, what="an idle thread to end")
 
     assert running == [3, 2]
 
