@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from sqla_river.options import InsertOptions, Retention
     from sqla_river.outcomes import Cancel, Snooze
     from sqla_river.policy import Exponential
-    from sqla_river.river import River, cancel, enqueue, enqueue_many, wait_for
+    from sqla_river.queues import QueueInfo
+    from sqla_river.river import (
+        River,
+        cancel,
+        enqueue,
+        enqueue_many,
+        list_queues,
+        pause,
+        resume,
+        update_queue,
+        wait_for,
+    )
     from sqla_river.runner import Runner
     from sqla_river.schema import create_all
     from sqla_river.states import JobState
@@ -27,6 +38,7 @@ __all__ = [
     "JobContext",
     "JobMixin",
     "JobState",
+    "QueueInfo",
     "Retention",
     "River",
     "RiverError",
@@ -38,6 +50,10 @@ __all__ = [
     "create_all",
     "enqueue",
     "enqueue_many",
+    "list_queues",
+    "pause",
+    "resume",
+    "update_queue",
     "wait_for",
 ]
 
@@ -50,7 +66,18 @@ if not TYPE_CHECKING:
         "options": ("InsertOptions", "Retention"),
         "outcomes": ("Cancel", "Snooze"),
         "policy": ("Exponential",),
-        "river": ("River", "cancel", "enqueue", "enqueue_many", "wait_for"),
+        "queues": ("QueueInfo",),
+        "river": (
+            "River",
+            "cancel",
+            "enqueue",
+            "enqueue_many",
+            "list_queues",
+            "pause",
+            "resume",
+            "update_queue",
+            "wait_for",
+        ),
         "runner": ("Runner",),
         "schema": ("create_all",),
         "states": ("JobState",),

@@ -49,6 +49,10 @@ def awaited(
 
 enqueue = awaited(river.enqueue)
 enqueue_many = awaited(river.enqueue_many)
+pause = awaited(river.pause)
+resume = awaited(river.resume)
+list_queues = awaited(river.list_queues)
+update_queue = awaited(river.update_queue)
 
 
 @overload

@@ -17,6 +17,7 @@
     ├── ConfigError                   (ValueError)   settings that do not go together
     ├── SchemaError                   (RuntimeError) tables missing, old or damaged
     ├── JobNotFoundError              (LookupError)  no job has that id
+    ├── QueueNotFoundError            (LookupError)  a queue that has no row, or that a Runner does not work
     ├── JobRunningError               (RuntimeError) the job is running, and what was asked needs it not to
     ├── UncommittedJobError           (RuntimeError) wait_for a job that its own session has not committed
     ├── RunnerError                   (RuntimeError) a Runner used in a way that cannot work
@@ -99,6 +100,14 @@ class JobNotFoundError(RiverError, LookupError):
     def __init__(self, job_id: int) -> None:
         super().__init__(f"job {job_id} does not exist; it may have been pruned or deleted")
         self.job_id = job_id
+
+
+class QueueNotFoundError(RiverError, LookupError):
+    """A queue that has no row, or that a Runner does not work."""
+
+    def __init__(self, queue: str, message: str) -> None:
+        super().__init__(message)
+        self.queue = queue
 
 
 class JobRunningError(RiverError, RuntimeError):

@@ -8,7 +8,7 @@ still its own.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
@@ -87,6 +87,8 @@ class Heartbeat:
         self._beat_at = -math.inf
         self._beat_on: datetime | None = None  # by the database's clock
         self._kept_since = math.inf
+        self.touched: frozenset[str] = frozenset()
+        """The queues that have a row because of this runner."""
         self.beaten = False
         """Whether the row was ever written, and `learnt` told: before that nothing may be fetched."""
 
@@ -111,13 +113,14 @@ class Heartbeat:
         """Renew the runner's row, and every ten minutes those of its queues; seconds until the next."""
         # The moment before the statement is sent: the row is at least as fresh as this clock says.
         began = time.monotonic()
+        slots = self.slots  # which may change meanwhile
         beat_on: datetime = self._own.execute(
             UPSERT_RUNNER,
             {
                 "p_id": self._runner_id,
-                "p_queues": list(self.slots),
-                "p_slots": list(self.slots.values()),
-                "p_free": list(self._free()),
+                "p_queues": list(slots),
+                "p_slots": list(slots.values()),
+                "p_free": [queue for queue in self._free() if queue in slots],
                 "p_version": library_version(),
                 "p_lease": timedelta(seconds=self._lease),
             },
@@ -132,15 +135,21 @@ class Heartbeat:
             self._look_for_lost()
         self._beat_on = beat_on
         self._beat_at = began
-        if began - self._touched_at >= TOUCH_QUEUES_EVERY:
-            self._own.execute(UPSERT_QUEUES, {"p_queues": list(self.slots)})
-            self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
-            self._touched_at = began
         rank, suspects, cancelled, place = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
-        peers = self._own.execute(SELECT_PEERS, {"p_queues": list(self.slots)})
+        peers = self._own.execute(SELECT_PEERS, {"p_queues": list(slots)})
         self._learnt(Fleet(rank, suspects, cancelled, place, {row.queue: row.places for row in peers}))
+        if began - self._touched_at >= TOUCH_QUEUES_EVERY:
+            self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
+            self._touch_queues(slots.keys())
+            self._touched_at = began
+        elif slots.keys() - self.touched:
+            self._touch_queues(slots.keys() - self.touched)
+        self.touched = frozenset(slots)
         self.beaten = True
         return max(self._every - (time.monotonic() - began), 0.0)
+
+    def _touch_queues(self, names: Iterable[str]) -> None:
+        self._own.execute(UPSERT_QUEUES, {"p_queues": sorted(names)})
 
     def _look_for_lost(self) -> None:
         """After a gap in which the lease may have run out: which jobs were freed, and are perhaps another's."""

@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import socket
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import attrs
 from sqlalchemy import Engine
 
-from sqla_river import states, store
+from sqla_river import store
 from sqla_river.check import require_schema
 from sqla_river.complete import Completer
-from sqla_river.context import JobContext, cancel_context
 from sqla_river.duties import turns
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.reindex import Reindex
@@ -31,15 +29,17 @@ from sqla_river.errors import SchemaError
 from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
+from sqla_river.held import Held
 from sqla_river.hooks import ErrorHandler, Event, Events, WorkMiddleware
 from sqla_river.listen import Listener
+from sqla_river.live import Queues
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.options import Retention
 from sqla_river.river import River
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import Result
 from sqla_river.settle import Scope
-from sqla_river.slots import EventLoop, Threads, Watch
+from sqla_river.slots import Watch
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.store import OwnConnection
 from sqla_river.wait import finished_here
@@ -74,7 +74,7 @@ class Orders:
 
     engine: Engine
     workers: Workers
-    queues: Mapping[str, int]
+    queues: Queues
     river: River[Any]
     sessions: Any
     async_engine: "AsyncEngine | None"
@@ -99,19 +99,13 @@ class Incarnation:
         self.pid = os.getpid()
         self.started = False
         self.stopping = False
-        self.exhausted = threading.Event()
         self.events = orders.events
         self._hurry = 0
-        self._changed = threading.Event()
-        self._unfinished: dict[int, JobRow] = {}
-        self._given_up: set[JobRow] = set()
-        self._claims = threading.Lock()
-        self._most_given_up = sum(orders.queues.values())
         self._flush_by = math.inf
         self._checked = False
         self._refused: SchemaError | None = None
         schema = declared_schema(orders.river.job_class)
-        slots = orders.queues
+        slots = orders.queues.now
         engine = store.twin(orders.engine)
 
         def own(role: str, **settings: str) -> OwnConnection:
@@ -121,7 +115,7 @@ class Incarnation:
         # A plan of SETTLE_JOBS that was made while the table was empty would walk all of it, until the next ANALYZE.
         complete = own("complete", plan_cache_mode="force_custom_plan")
         duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
-        self._watch = Watch(lambda: self._watching.wake(), self._stuck, lambda: self._event_loop.look())
+        self._watch = Watch(lambda: self._watching.wake(), lambda job: self._held.stuck(job), lambda: self._held.look())
         self.executor = Executor(
             orders.workers,
             orders.river.settings.codec,
@@ -135,18 +129,19 @@ class Incarnation:
             middleware=orders.middleware,
             on_error=orders.on_error,
         )
-        self._threads = Threads(sum(slots.values()), self.executor.execute, self._finished, "sqla_river-slot")
-        self._event_loop = EventLoop(
-            self.executor.execute_async,
-            self._finished,
-            "sqla_river-loop",
-            orders.async_engine.dispose if orders.async_engine is not None else None,  # its connections are the loop's
-        )
-        self.completer = Completer(
+        self.completer: Completer = Completer(
             complete,
             wake=lambda: self._completing.wake(),
             written=self._written,
             relieved=lambda: self._fetcher.relieved(),
+        )
+        self._held: Held = Held(
+            self.executor,
+            self.completer,
+            slots,
+            freed=lambda queue: self._fetcher.freed(queue),
+            # Its connections are the loop's.
+            last=orders.async_engine.dispose if orders.async_engine is not None else None,
         )
         self._listener = (
             Listener(store.twin(orders.listen_engine), schema, f"sqla_river:listen:{self.id}", TOPICS, self._heard)
@@ -158,8 +153,8 @@ class Incarnation:
             self.id,
             slots,
             kinds=lambda: orders.workers.kinds,
-            deliver=self._deliver,
-            ready=lambda: self.completer.ready and self._heart.fresh and not self.exhausted.is_set(),
+            deliver=self._held.deliver,
+            ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.ready.is_set(),
             wake=lambda: self._fetching.wake(),
@@ -172,8 +167,8 @@ class Incarnation:
             orders.heartbeat,
             orders.lease,
             free=lambda: self._fetcher.free_queues(),
-            unfinished=lambda: list(self._unfinished.values()),
-            lost=self._lost,
+            unfinished=lambda: self._held.rows,
+            lost=self._held.lost,
             learnt=self._learnt,
         )
         self.turns = Turns(
@@ -196,38 +191,6 @@ class Incarnation:
 
     # ---- the arrows between the stations ------------------------------------------------------------
 
-    def _deliver(self, rows: list[JobRow]) -> None:
-        if self.stopping:
-            self._give_back(rows)
-            return
-        self._unfinished.update((row.id, row) for row in rows)
-        loop = [row for row in rows if self.executor.is_async(row)]
-        if loop:
-            self._event_loop.deliver(loop)
-            rows = [row for row in rows if not self.executor.is_async(row)]
-        if rows:
-            self._threads.deliver(rows)
-
-    def _finished(self, result: Result) -> None:
-        if not self._hand_on(result):
-            self._given_up.discard(result.job)
-            self.completer.stale += 1
-            log.warning("job %d came to its end after it was given up; that changes nothing", result.job.id)
-            return
-        self._fetcher.freed(result.job.queue)
-        if self.stopping:
-            self._changed.set()
-
-    def _hand_on(self, result: Result) -> bool:
-        """Put *result* and let go of its job; False where that was done before, because it was given up."""
-        with self._claims:
-            if self._unfinished.get(result.job.id) is not result.job:
-                return False
-            # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
-            self.completer.put(result)
-            del self._unfinished[result.job.id]
-            return True
-
     def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
         for result, state in written:
             delay = result.transition.delay
@@ -247,7 +210,10 @@ class Incarnation:
 
     def _heard(self, topic: str | None, payload: str, pid: int) -> None:
         """A notification of the backend *pid*: anybody may send one, so it is only a hint."""
-        notice = _notice(payload) if topic is not None else {}
+        if topic is None:  # LISTEN is in force, perhaps again: a queue may have been resumed meanwhile
+            self._fetcher.resumed(None)
+            return
+        notice = _notice(payload)
         queue = notice.get("queue")
         queue = queue if isinstance(queue, str) else None
         if topic == CONTROL:
@@ -258,10 +224,10 @@ class Incarnation:
         self._fetcher.heard(queue, pid)
 
     def _controlled(self, action: object, queue: str | None, job_id: object) -> None:
-        if action == "cancel" and isinstance(job_id, int) and job_id in self._unfinished:
+        if action == "cancel" and isinstance(job_id, int) and job_id in self._held:
             self._beating.wake()  # which reads whether somebody did ask
         elif action == "resume":
-            self._fetcher.heard(None if queue in (None, "*") else queue)
+            self._fetcher.resumed(None if queue in (None, "*") else queue)
         if (
             action in ("pause", "resume")
             and self.events.heard
@@ -276,52 +242,8 @@ class Incarnation:
         self._fetcher.suspects = fleet.suspects
         self._fetcher.relieved()
         for job_id in fleet.cancelled:
-            if job_id in self._unfinished:
+            if job_id in self._held:
                 self.executor.cancel(job_id)
-
-    def _lost(self, rows: Sequence[JobRow]) -> None:
-        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
-        are dropped.
-        """
-        log.warning(
-            "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
-        )
-        lost = set(rows)
-        keep: list[JobRow] = []
-        for row in self._threads.take_back():
-            if row in lost:
-                self._unfinished.pop(row.id, None)
-                self._fetcher.freed(row.queue)
-            else:
-                keep.append(row)
-        self._threads.put_back(keep)
-        for row in rows:
-            job = self.executor.running.get(row.id)
-            if job is not None and job.row is row:
-                cancel_context(job, "lease lost")
-
-    def _stuck(self, job: JobContext[Any]) -> None:
-        """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
-        row = job.row
-        stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
-        self._given_up.add(row)
-        if not self._hand_on(Result(row, self.executor.give_up(job, stack))):
-            self._given_up.discard(row)
-            return
-        log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
-        self._threads.replace(row)
-        self._fetcher.freed(row.queue)
-        if len(self._given_up) > self._most_given_up:
-            log.error(
-                "%d handlers hang; this runner drains and ends, for its supervisor to start another",
-                len(self._given_up),
-            )
-            self.exhausted.set()
-
-    def _give_back(self, rows: Sequence[JobRow]) -> None:
-        for row in rows:
-            self.completer.put(Result(row, states.interrupted()))
-            self._unfinished.pop(row.id, None)
 
     def _flush(self) -> None:
         self.completer.flush(lambda: self._flush_by)
@@ -343,8 +265,7 @@ class Incarnation:
             raise self._refused
         self.started = True
         self._fetching.start()
-        queues = ", ".join(f"{name}={size}" for name, size in self._heart.slots.items())
-        log.info("runner %s works queues %s", self.id, queues)
+        log.info("runner %s works queues %s", self.id, _listed(self._heart.slots))
 
     def _beat(self) -> float:
         """A heartbeat; before the first, whether the tables are there and as this library needs them."""
@@ -366,35 +287,54 @@ class Incarnation:
         """
         return self._heart.beaten and (self._listener is None or self._listener.ready.is_set())
 
+    def resize(self, slots: Mapping[str, int]) -> None:
+        """Work *slots* from now on. Returns once new queues have their rows, or after 10 s without a database."""
+        if slots is self._heart.slots:
+            return
+        log.info("runner %s works queues %s from now on", self.id, _listed(slots))
+        self._held.resize(slots)
+        self._fetcher.resize(slots)
+        self._heart.slots = slots
+        self._beating.wake()
+        until = time.monotonic() + READY_TIMEOUT
+        while not (self._heart.touched >= slots.keys() or self.stopping) and time.monotonic() < until:
+            if not self._beating.alive:  # a child that was forked
+                return
+            time.sleep(0.002)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether so many handlers hang that this process should end."""
+        return self._held.exhausted.is_set()
+
     def hurry(self) -> None:
         """Go one step further: from starting to started, from waiting to interrupting, from there to leaving behind."""
         self._hurry += 1
-        self._changed.set()
+        self._held.changed.set()
 
     def stop(self, soft: float) -> None:
-        self.stopping = True
+        self.stopping = self._held.stopping = True
         self._hurry = 0
         began = time.monotonic()
         atexit.unregister(_stop_at_exit)
         self._fetching.stop()
-        self._give_back(self._threads.take_back())
+        self._held.give_back_waiting()
         if not self._finish_by(began + soft, hurried=1):
-            if self._unfinished:
+            if self._held:
                 took = time.monotonic() - began
-                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._unfinished), took)
+                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._held), took)
             self.executor.interrupt()
             # What a fetch on its way brings must go back before the last results are written.
-            patience = INTERRUPT_TIMEOUT if self._unfinished else FETCH_TIMEOUT
-            if not self._finish_by(time.monotonic() + patience, hurried=2) and self._unfinished:
-                left = list(self._unfinished.values())
+            patience = INTERRUPT_TIMEOUT if self._held else FETCH_TIMEOUT
+            if not self._finish_by(time.monotonic() + patience, hurried=2) and self._held:
+                left = self._held.rows
                 log.error(
                     "%d jobs ignore the stop and are left behind: %s",
                     len(left),
                     [(row.id, row.kind) for row in left[:20]],
                 )
-                self._give_back(left)
-        self._threads.stop()
-        self._event_loop.stop()
+                self._held.give_back(left)
+        self._held.stop()
         self._write_the_last(max(began + soft, time.monotonic()) + FLUSH_TIMEOUT)
         for loop in (self._maintaining, self._beating, self._watching):
             loop.stop()
@@ -402,7 +342,7 @@ class Incarnation:
             self._listener.stop()
             self._listener.join(0.1)
         self._beating.join(0.1)
-        self._event_loop.join(0.1)
+        self._held.join(0.1)
         log.info("runner %s has stopped", self.id)
 
     def _write_the_last(self, deadline: float) -> None:
@@ -427,16 +367,16 @@ class Incarnation:
 
     def _finish_by(self, deadline: float, hurried: int) -> bool:
         """Wait until nothing runs any more; False at *deadline*, or once the stop was hurried so often."""
-        while self._unfinished or self._fetching.alive:
-            self._changed.clear()
-            self._give_back(self._threads.take_back())
+        while self._held or self._fetching.alive:
+            self._held.changed.clear()
+            self._held.give_back_waiting()
             left = deadline - time.monotonic()
             if left <= 0 or self._hurry >= hurried:
                 return False
             if self._fetching.alive:
                 self._fetching.join(min(left, 0.05))
-            elif self._unfinished:
-                self._changed.wait(min(left, 0.5))
+            elif self._held:
+                self._held.changed.wait(min(left, 0.5))
         return True
 
 
@@ -444,6 +384,10 @@ def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
     incarnation = reference()
     if incarnation is not None and incarnation.pid == os.getpid() and not incarnation.stopping:
         incarnation.stop(0.0)
+
+
+def _listed(slots: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in slots.items())
 
 
 def _notice(payload: str) -> dict[str, Any]:

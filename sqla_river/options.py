@@ -181,7 +181,8 @@ def json_text(option: str, value: object) -> str:
         raise InvalidOptionError(option, f"{option} cannot be written as JSON: {error}") from None
 
 
-def _check_metadata(value: object) -> dict[str, Any]:
+def check_metadata(value: object) -> dict[str, Any]:
+    """A copy of *value*, if it is a mapping that JSON and PostgreSQL take."""
     if not isinstance(value, Mapping):
         raise InvalidOptionError("metadata", f"metadata must be a mapping, got {shown(value)}")
     copy: dict[str, Any] = check_json("metadata", cast("object", value))
@@ -208,7 +209,7 @@ def _tags(value: Sequence[str] | None) -> Sequence[str] | None:
 
 
 def _metadata(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return None if value is None else _check_metadata(value)
+    return None if value is None else check_metadata(value)
 
 
 def _scheduled_at(value: datetime | timedelta | None) -> datetime | timedelta | None:

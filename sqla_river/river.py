@@ -1,12 +1,12 @@
 """`River`: the settings, and the verbs of a client."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Generic, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import Engine
 
-from sqla_river import admin, insert, wait
+from sqla_river import admin, insert, queues, wait
 from sqla_river.admin import Changed, Filter
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
 from sqla_river.config import InsertMiddleware, NotifyMode, Settings
@@ -14,6 +14,7 @@ from sqla_river.errors import ConfigError
 from sqla_river.insert import Inserted, Items
 from sqla_river.models import Job, JobMixin
 from sqla_river.options import NOTHING_SAID, InsertOptions, OptionWords, said_in
+from sqla_river.queues import QueueInfo
 from sqla_river.session import AnySession
 
 J = TypeVar("J", bound=JobMixin)
@@ -153,6 +154,58 @@ class River(Generic[J]):
             return admin.cancel_one(session, which, self.job_class)
         return admin.cancel_many(session, which, self.job_class)
 
+    def pause(self, session: AnySession, queue: str) -> list[QueueInfo]:
+        """Pause one queue, or with ``'*'`` all that there are. Part of the caller's transaction; one round trip.
+
+        No fetch that begins after the commit starts a job of it, on whatever runner: no new one, no retry, nothing that
+        comes due. What runs goes on. Jobs can be put in all the while. A queue that no runner has worked yet can be
+        paused in advance: it gets its row now; ``'*'`` means the rows that there are now. A pause holds until `resume`,
+        however long; to pause again changes nothing.
+
+        Returns:
+            The queues meant, as they stand now, by name.
+
+        Raises:
+            InvalidOptionError: a name that River does not take.
+        """
+        return queues.pause(session, queue, self.job_class)
+
+    def resume(self, session: AnySession, queue: str) -> list[QueueInfo]:
+        """End the pause of one queue, or with ``'*'`` of all. Part of the caller's transaction; one round trip.
+
+        Runners fetch at once when it commits; those that do not LISTEN within one poll. To resume a queue that is not
+        paused changes nothing.
+
+        Returns:
+            The queues meant, as they stand now, by name.
+
+        Raises:
+            QueueNotFoundError: the queue has no row: nobody has paused it, nor worked it in the last 24 hours.
+            InvalidOptionError: a name that River does not take.
+        """
+        return queues.resume(session, queue, self.job_class)
+
+    def list_queues(self, session: AnySession) -> list[QueueInfo]:
+        """The queues that have a row, by name: those that runners work or have worked in the last 24 hours, and those
+        that are paused. One round trip.
+        """
+        return queues.select_all(session, self.job_class)
+
+    def update_queue(self, session: AnySession, queue: str, *, metadata: Mapping[str, Any]) -> QueueInfo:
+        """Replace what is noted with a queue, and tell River's clients. Part of the caller's transaction; one round
+        trip.
+
+        Args:
+            session: as for `enqueue`.
+            queue: its name.
+            metadata: a JSON object of at most 7,800 bytes.
+
+        Raises:
+            QueueNotFoundError: the queue has no row.
+            InvalidOptionError: a name that River does not take, or metadata that JSON or PostgreSQL refuse.
+        """
+        return queues.update(session, queue, metadata, self.job_class)
+
     def wait_for(self, session: AnySession | Engine, job_id: int, *, timeout: timedelta | None = None) -> J:
         """Wait until a job is completed, cancelled or discarded; the Job, detached, as it stands then.
 
@@ -176,4 +229,8 @@ _river = River.of(Job)
 enqueue = _river.enqueue
 enqueue_many = _river.enqueue_many
 cancel = _river.cancel
+pause = _river.pause
+resume = _river.resume
+list_queues = _river.list_queues
+update_queue = _river.update_queue
 wait_for = _river.wait_for

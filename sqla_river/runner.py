@@ -16,8 +16,9 @@ from sqla_river import store
 from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
 from sqla_river.hooks import EVENT_KINDS, ErrorHandler, EventKind, Events, Subscription, WorkMiddleware
 from sqla_river.incarnation import Incarnation, Orders
+from sqla_river.live import Queues
 from sqla_river.models import Job
-from sqla_river.options import Retention, check_queue
+from sqla_river.options import Retention
 from sqla_river.river import River
 from sqla_river.settle import Scope
 from sqla_river.workers import Retry, Workers
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 log: Final = logging.getLogger(__name__)
-
-MAX_SLOTS: Final = 10_000
 
 
 class Runner:
@@ -40,7 +39,8 @@ class Runner:
     Args:
         engine: of PostgreSQL, on psycopg 3.
         workers: the handlers.
-        queues: slots by queue: how many of its jobs run at once here.
+        queues: slots by queue: how many of its jobs run at once here. ``runner.queues`` changes them at work; see
+            `Queues`.
         river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
         sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class,
             options and events; plain Sessions without it. An async_sessionmaker serves async handlers.
@@ -92,10 +92,9 @@ class Runner:
                 f"{' (async)' if engine.dialect.is_async else ''}; make one with create_engine('postgresql+psycopg://...')"
             )
         _check_times(timeout, poll, heartbeat, lease, stop_timeout)
-        _check_queues(queues)
         self.engine = engine
         self.workers = workers
-        self.queues: Mapping[str, int] = dict(queues)
+        self.queues = Queues(queues)
         self.river: River[Any] = river if river is not None else River.of(Job)
         self._stop_timeout = stop_timeout
         self._orders = Orders(
@@ -172,6 +171,7 @@ class Runner:
             except BaseException:
                 self._incarnation = None
                 raise
+            self.queues.follow(incarnation.resize)
 
     def _check_workers(self) -> None:
         """What can only be known once the handlers are registered."""
@@ -217,6 +217,7 @@ class Runner:
         with self._lifecycle:
             if self._incarnation is incarnation:
                 incarnation.stop((timeout if timeout is not None else self._stop_timeout).total_seconds())
+                self.queues.follow(None)
                 self._incarnation = None
 
     def run(self) -> None:
@@ -244,7 +245,7 @@ class Runner:
             self.start()
             incarnation = self._incarnation
             while not asked.wait(0.5):
-                if incarnation is not None and incarnation.exhausted.is_set():
+                if incarnation is not None and incarnation.exhausted:
                     self.stop()
                     raise RunnerError("too many handlers hang; this process ends, for its supervisor to start another")
             self.stop()
@@ -260,15 +261,6 @@ class Runner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _check_queues(queues: Mapping[str, int]) -> None:
-    if not queues:
-        raise ConfigError("queues is empty: a Runner needs at least one, as in queues={'default': 10}")
-    for name, slots in queues.items():
-        check_queue(name)
-        if type(slots) is not int or not 1 <= slots <= MAX_SLOTS:
-            raise ConfigError(f"queue {name!r} must have 1..{MAX_SLOTS} slots, got {slots!r}")
 
 
 def _check_times(

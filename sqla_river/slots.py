@@ -55,12 +55,15 @@ class Threads:
         self._surplus: set[int] = set()
         self._lock = threading.Lock()
 
-    def deliver(self, rows: Sequence[JobRow]) -> None:
-        """Hand *rows* over, never more than there are free slots."""
+    def deliver(self, rows: Sequence[JobRow], held: int = 0) -> None:
+        """Hand *rows* over, never more than there are free slots. With them the runner holds *held* jobs: more than it
+        has slots while those of a removed queue go on, and a thread for each.
+        """
         self._waiting.extend(rows)
-        if self._made < self._size:
+        most = max(self._size, held)
+        if not self._made == self._size == most:  # else none is to be made, and none retires
             with self._lock:
-                for _ in range(min(len(rows), self._size - self._made)):
+                for _ in range(min(len(rows), most - self._made)):
                     self._made += 1
                     threading.Thread(target=self._run, name=f"{self._name}-{self._made}", daemon=True).start()
         self._call()
@@ -70,6 +73,22 @@ class Threads:
         if not self._calling:
             self._calling = True
             self._calls.put(True)
+
+    def resize(self, size: int, held: int) -> None:
+        """Have *size* threads, and while the runner holds more jobs than that, one for each: what is idle ends now."""
+        with self._lock:
+            self._size = size
+            for _ in range(self._made - max(size, held)):
+                self._made -= 1
+                self._calls.put(False)
+
+    def _retire(self) -> bool:
+        """Whether the calling thread, which is free, is one too many: then it is not counted any more."""
+        with self._lock:
+            if self._made <= self._size or self._waiting:
+                return False
+            self._made -= 1
+            return True
 
     def take_back(self) -> list[JobRow]:
         """The rows that no slot has begun."""
@@ -125,7 +144,7 @@ class Threads:
             result = copy_context().run(self._execute, row)  # what a handler sets is gone with it
             self._finished(result)
             working[ident] = None
-            if ident in self._surplus:
+            if ident in self._surplus or (self._made > self._size and self._retire()):
                 break
         with self._lock:
             self._surplus.discard(ident)

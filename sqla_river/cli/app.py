@@ -4,6 +4,7 @@ import click
 
 from sqla_river.cli.bench import bench
 from sqla_river.cli.demo import demo
+from sqla_river.cli.queues import queues
 from sqla_river.cli.tables import check_db, migrate, stats
 from sqla_river.cli.work import work
 
@@ -14,5 +15,5 @@ def app() -> None:
     """River for SQLAlchemy: background jobs that commit with your data."""
 
 
-for _command in (bench, check_db, demo, migrate, stats, work):
+for _command in (bench, check_db, demo, migrate, queues, stats, work):
     app.add_command(_command)

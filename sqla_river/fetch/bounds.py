@@ -47,6 +47,13 @@ class Bounds:
         found = ((queue, self._bounds.get(queue)) for queue in queues)
         return {queue: bound for queue, bound in found if bound is not None and now < bound.until}
 
+    def forget(self, queue: str | None) -> None:
+        """Let the next scan of *queue*, of every queue where None, begin at the start."""
+        if queue is None:
+            self._bounds.clear()
+        else:
+            self._bounds.pop(queue, None)
+
     def parameters(self, queues: Iterable[str], bounds: Mapping[str, Bound]) -> dict[str, list[str]]:
         """What FETCH_BOUNDED needs beside the queues."""
         sinces = [bounds[queue].since if queue in bounds else (START,) * len(PRIORITIES) for queue in queues]

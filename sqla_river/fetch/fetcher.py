@@ -65,7 +65,7 @@ class Fetcher:
     ) -> None:
         self._own = own
         self._runner_id = runner_id
-        self._slots = dict(slots)
+        self._slots = self._resized = slots
         self._busy = dict.fromkeys(slots, 0)
         self._kinds = kinds
         self._deliver = deliver
@@ -77,6 +77,7 @@ class Fetcher:
         self._number = 0
         self._lost: dict[str, float] = {}
         self._bounds = Bounds(poll)
+        self._resumed: deque[str | None] = deque()
         # What the next step has to do, and when (monotonic).
         self._hungry = set(slots)
         self._idle = 1
@@ -95,6 +96,18 @@ class Fetcher:
             self.wakeups.heard(queue, pid)
             self._wake()
 
+    def resumed(self, queue: str | None) -> None:
+        """The pause of *queue*, of any queue where None, may be over. Its jobs may have waited long, and fetches have
+        passed them by: the next one begins at the start.
+        """
+        self._resumed.append(queue)
+        self.heard(queue)
+
+    def resize(self, slots: Mapping[str, int]) -> None:
+        """Fetch as *slots* says, which nobody changes any more, from the next step on."""
+        self._resized = slots
+        self._wake()
+
     def freed(self, queue: str) -> None:
         """A slot of *queue* is free. Constant time, no lock."""
         self._freed.append(queue)
@@ -112,8 +125,11 @@ class Fetcher:
         """Schedule what is due, fetch what is available; seconds until the next look."""
         now = time.monotonic()
         self._starved = False
+        self._heed_resize()
         woken, twice = self.wakeups.take(self._slots, now)
         self._hungry |= woken
+        while self._resumed:
+            self._bounds.forget(self._resumed.popleft())
         polling = now >= self._poll_at
         if polling:
             self._hungry = set(self._slots)
@@ -128,6 +144,18 @@ class Fetcher:
         self.due.look(unbounded=polling)
         self._plan_poll(now, polling=polling, idle=not fetched)
         return self._pause()
+
+    def _heed_resize(self) -> None:
+        """Take on what `resize` said. A queue that is gone keeps its count: it may come back before its jobs end."""
+        slots, before = self._resized, self._slots
+        if slots is before:
+            return
+        self._busy = dict.fromkeys(slots, 0) | self._busy  # first: `free_queues` looks for what stands in the slots
+        self._slots = slots
+        grown = {queue for queue, size in slots.items() if size > before.get(queue, 0)}
+        self._hungry = (self._hungry | grown) & slots.keys()
+        for queue in slots.keys() - before.keys():
+            self._bounds.forget(queue)
 
     def _free(self) -> dict[str, int]:
         """The free slots of the queues that may have work."""

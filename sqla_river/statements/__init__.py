@@ -55,6 +55,7 @@ from sqla_river.statements.insert import (
     SELECT_NOW,
 )
 from sqla_river.statements.look import COUNT_STATES
+from sqla_river.statements.queues import PAUSE_QUEUES, RESUME_QUEUES, SELECT_QUEUES, UPDATE_QUEUE
 from sqla_river.statements.runner import (
     DELETE_RUNNER,
     REFRESH_LONG,
@@ -95,6 +96,7 @@ __all__ = [
     "LOCK_SCHEMA",
     "NOTE_PROGRESS",
     "NOTIFY_QUEUES",
+    "PAUSE_QUEUES",
     "POSTPONE_DUTY",
     "PRUNE_CANCELLED",
     "PRUNE_COMPLETED",
@@ -103,6 +105,7 @@ __all__ = [
     "RESCUE_STUCK",
     "RESERVE_IDS",
     "RESET_AHEAD",
+    "RESUME_QUEUES",
     "SCHEDULE_DUE",
     "SELECT_BOUNDS",
     "SELECT_CURRENT_SCHEMA",
@@ -117,10 +120,12 @@ __all__ = [
     "SELECT_OUTCOME",
     "SELECT_OWN",
     "SELECT_PEERS",
+    "SELECT_QUEUES",
     "SELECT_STATES",
     "SELECT_VERSIONS",
     "SETTLE_JOB",
     "SETTLE_JOBS",
+    "UPDATE_QUEUE",
     "UPSERT_QUEUES",
     "UPSERT_RUNNER",
     "WORK_COLUMNS",

@@ -48,14 +48,30 @@ DELETE_RUNNER: Final = delete(river_runner).where(
     river_runner.c.id == _id, ~select(job.c.id).where(job.c.state == RUNNING, _mine).exists()
 )
 
+_held: Final = (
+    select(river_queue.c.name)
+    .where(river_queue.c.name == func.any(array_of("p_queues", Text)))
+    .order_by(river_queue.c.name)
+    .with_for_update(skip_locked=True)
+    .cte("held")
+)
+_touched: Final = update(river_queue).where(river_queue.c.name == _held.c.name).values(updated_at=NOW).cte("touched")
 _names: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("name", Text)).render_derived(name="names")
 
-# Caller: heartbeat.py, at start and every 10 min: River's clients hide or delete a queue that nobody touched for 24 h.
-# In name order.
+# Caller: heartbeat.py, at start, for added queues, and every 10 min: River's clients hide or delete a queue that nobody
+# touched for 24 h. Locks: the rows, in name order; none waited for: an operator's open transaction that has paused a
+# queue must not hold up a heartbeat. (One that paused it before it had a row does: that is an insert of the same key.)
 UPSERT_QUEUES: Final = (
     pg_insert(river_queue)
-    .from_select(["name"], select(_names.c.name).order_by(_names.c.name), include_defaults=False)
-    .on_conflict_do_update(index_elements=["name"], set_={"updated_at": NOW})
+    .from_select(
+        ["name"],
+        select(_names.c.name)
+        .where(~select(river_queue.c.name).where(river_queue.c.name == _names.c.name).exists())
+        .order_by(_names.c.name),
+        include_defaults=False,
+    )
+    .on_conflict_do_nothing()
+    .add_cte(_touched)
 )
 
 # Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its

@@ -26,7 +26,7 @@ import sqla_river
 from sqla_river import Cancel, Exponential, Job, JobContext, Runner, Snooze, Workers, create_all, enqueue, enqueue_many
 from sqla_river.embedded import EmbeddedPostgres, StopMode
 from sqla_river.errors import ConfigError, InvalidOptionError, RunnerError, WrongDatabaseError
-from sqla_river.runner import MAX_SLOTS
+from sqla_river.live import MAX_SLOTS
 from sqla_river.workers import Retry
 from tests.making import (
     Count,

@@ -18,12 +18,18 @@ from sqla_river import (
     JobContext,
     JobMixin,
     JobState,
+    QueueInfo,
     River,
+    Runner,
     Snooze,
     Workers,
     create_all,
     enqueue,
     enqueue_many,
+    list_queues,
+    pause,
+    resume,
+    update_queue,
 )
 from sqla_river import asyncio as awaited
 from sqla_river.insert import Inserted
@@ -80,6 +86,22 @@ def verbs(session: Session, scoped: scoped_session[Session], connection: Connect
     assert_type(session.scalars(select(Job).where(Job.state == JobState.RETRYABLE)).one(), Job)
     create_all(engine)
     create_all(connection, "river")
+
+
+def queues(session: Session, connection: Connection, runner: Runner) -> None:
+    assert_type(pause(session, "mail"), list[QueueInfo])
+    assert_type(resume(connection, "*"), list[QueueInfo])
+    assert_type([info.paused_at for info in list_queues(session)], list[datetime | None])
+    assert_type(update_queue(session, "mail", metadata={"a": 1}), QueueInfo)
+    runner.queues.add("mail", 5)
+    runner.queues["mail"] = 6
+    runner.queues.remove("mail")
+    assert_type(dict(runner.queues), dict[str, int])
+
+
+async def async_queues(session: AsyncSession) -> None:
+    assert_type(await awaited.pause(session, "mail"), list[QueueInfo])
+    assert_type(await awaited.update_queue(session, "mail", metadata={}), QueueInfo)
 
 
 def rivers(session: Session) -> None:

@@ -1,0 +1,188 @@
+"""The jobs that a runner holds: from their fetch, through a slot, until the completer has what came of them."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqla_river import states
+from sqla_river.complete import Completer
+from sqla_river.context import JobContext, cancel_context
+from sqla_river.execute import Executor
+from sqla_river.rows import JobRow, Result
+from sqla_river.slots import EventLoop, Threads
+
+log: Final = logging.getLogger(__name__)
+
+
+class Held:
+    """The jobs that a runner holds, and the slots that they run in.
+
+    Args:
+        executor: what runs in a slot.
+        completer: takes what came of a job.
+        slots: by queue.
+        freed: told of the queue that has a slot free.
+        last: awaited when the event loop of the async handlers ends.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        completer: Completer,
+        slots: Mapping[str, int],
+        *,
+        freed: Callable[[str], None],
+        last: Callable[[], Coroutine[Any, Any, object]] | None,
+    ) -> None:
+        self._executor = executor
+        self._completer = completer
+        self._slots = slots
+        self._freed = freed
+        self._threads = Threads(sum(slots.values()), executor.execute, self._finished, "sqla_river-slot")
+        self._event_loop = EventLoop(executor.execute_async, self._finished, "sqla_river-loop", last)
+        self._unfinished: dict[int, JobRow] = {}
+        self._given_up: set[JobRow] = set()
+        self._claims = threading.Lock()
+        self._placing = threading.Lock()
+        self.stopping = False
+        """Whether nothing may begin any more: what is delivered goes back."""
+        self.changed = threading.Event()
+        """Set whenever a job has come to its end while `stopping`."""
+        self.exhausted = threading.Event()
+        """Set once more handlers hang than there are slots."""
+
+    def __contains__(self, job_id: object) -> bool:
+        return job_id in self._unfinished
+
+    def __len__(self) -> int:
+        return len(self._unfinished)
+
+    @property
+    def rows(self) -> list[JobRow]:
+        return list(self._unfinished.values())
+
+    # ---- in and out -------------------------------------------------------------------------------------------------
+
+    def deliver(self, rows: list[JobRow]) -> None:
+        """Begin *rows*, as many as there are free slots. Those of a queue that is worked no more go back."""
+        with self._placing:
+            if self.stopping:
+                self.give_back(rows)
+                return
+            unwanted = [row for row in rows if row.queue not in self._slots]
+            if unwanted:
+                self.give_back(unwanted)
+                rows = [row for row in rows if row.queue in self._slots]
+            self._unfinished.update((row.id, row) for row in rows)
+            loop = [row for row in rows if self._executor.is_async(row)]
+            if loop:
+                self._event_loop.deliver(loop)
+                rows = [row for row in rows if not self._executor.is_async(row)]
+            if rows:
+                self._threads.deliver(rows, len(self._unfinished))
+
+    def _finished(self, result: Result) -> None:
+        if not self._hand_on(result):
+            self._given_up.discard(result.job)
+            self._completer.stale += 1
+            log.warning("job %d came to its end after it was given up; that changes nothing", result.job.id)
+            return
+        self._freed(result.job.queue)
+        if self.stopping:
+            self.changed.set()
+
+    def _hand_on(self, result: Result) -> bool:
+        """Put *result* and let go of its job; False where that was done before, because it was given up."""
+        with self._claims:
+            if self._unfinished.get(result.job.id) is not result.job:
+                return False
+            # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
+            self._completer.put(result)
+            del self._unfinished[result.job.id]
+            return True
+
+    def give_back(self, rows: Iterable[JobRow]) -> None:
+        """Make *rows* available again, their attempt given back."""
+        for row in rows:
+            self._completer.put(Result(row, states.interrupted()))
+            self._unfinished.pop(row.id, None)
+            self._freed(row.queue)
+
+    def give_back_waiting(self) -> None:
+        """Give back what no slot has begun."""
+        self.give_back(self._threads.take_back())
+
+    # ---- what may befall them ---------------------------------------------------------------------------------------
+
+    def resize(self, slots: Mapping[str, int]) -> None:
+        """Run as many jobs at once as *slots* says. Where a queue has more than that, what has not begun goes back."""
+        with self._placing:
+            self._slots = slots
+            waiting = self._threads.take_back()
+            surplus = Counter(row.queue for row in self.rows)
+            surplus.subtract(slots)
+            back = set[JobRow]()
+            for row in reversed(waiting):
+                if surplus[row.queue] > 0:
+                    surplus[row.queue] -= 1
+                    back.add(row)
+            self._threads.put_back(row for row in waiting if row not in back)
+            self.give_back(back)
+            self._threads.resize(sum(slots.values()), len(self._unfinished))
+
+    def lost(self, rows: Sequence[JobRow]) -> None:
+        """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
+        are dropped.
+        """
+        log.warning(
+            "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
+        )
+        lost = set(rows)
+        keep: list[JobRow] = []
+        with self._placing:
+            for row in self._threads.take_back():
+                if row in lost:
+                    self._unfinished.pop(row.id, None)
+                    self._freed(row.queue)
+                else:
+                    keep.append(row)
+            self._threads.put_back(keep)
+        for row in rows:
+            job = self._executor.running.get(row.id)
+            if job is not None and job.row is row:
+                cancel_context(job, "lease lost")
+
+    def stuck(self, job: JobContext[Any]) -> None:
+        """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
+        row = job.row
+        stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
+        self._given_up.add(row)
+        if not self._hand_on(Result(row, self._executor.give_up(job, stack))):
+            self._given_up.discard(row)
+            return
+        log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
+        self._threads.replace(row)
+        self._freed(row.queue)
+        if len(self._given_up) > sum(self._slots.values()):
+            log.error(
+                "%d handlers hang; this runner drains and ends, for its supervisor to start another",
+                len(self._given_up),
+            )
+            self.exhausted.set()
+
+    # ---- the slots --------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Say so if a handler blocks the event loop."""
+        self._event_loop.look()
+
+    def stop(self) -> None:
+        """Let the slots end, each after what it is doing."""
+        self._threads.stop()
+        self._event_loop.stop()
+
+    def join(self, timeout: float) -> None:
+        """Wait at most *timeout* seconds for the end of the event loop."""
+        self._event_loop.join(timeout)
