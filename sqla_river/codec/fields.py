@@ -140,7 +140,7 @@ def _library_fields(cls: Any) -> Iterator[Field]:
     if is_model(cls):
         for name, info in cls.model_fields.items():
             extra = info.json_schema_extra
-            said: dict[str, Any] = extra if isinstance(extra, dict) else {}
+            said = cast("dict[str, Any]", {} if callable(extra) else extra or {})
             field = _marked(cls, name, name, info.annotation, info.is_required(), said, info.serialization_alias)
             yield dataclasses.replace(field, redact=field.redact or _holds_secret(info.annotation))
         return

@@ -134,7 +134,7 @@ def _located(message: str) -> Mismatch:
 
 def _compare(sent: Any, back: Any) -> None:
     """Raise `Mismatch` at the first place where *back* is not what was *sent*."""
-    cls: type[Any] = type(sent)
+    cls: Any = type(sent)
     if is_secret(cls):
         if sent != back:
             raise Mismatch(

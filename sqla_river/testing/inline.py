@@ -124,14 +124,15 @@ class _InlineScope(Scope):
 
     @contextmanager
     def open(self, row: JobRow) -> Generator[Unit]:
-        scoped: Any = self._scoped
-        theirs = scoped.registry() if scoped is not None and scoped.registry.has() else None
+        scoped = self._scoped
+        registry = scoped.registry if scoped is not None else None
+        theirs = registry() if registry is not None and registry.has() else None
         try:
             with self.within(self._unit(self.connection, row)) as unit:
                 yield unit
         finally:
-            if theirs is not None:
-                scoped.registry.set(theirs)
+            if registry is not None and theirs is not None:
+                registry.set(theirs)
 
     @asynccontextmanager
     async def open_async(self, row: JobRow) -> AsyncGenerator[Unit]:

@@ -171,24 +171,19 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, datetime | timedelta | JobState) else shown(value)
 
 
-def _asked(args: Any, wanted: Wanted, fields: Mapping[str, Any]) -> _Question:
+def _asked(args: Any, wanted: Wanted, keywords: Mapping[str, Any]) -> _Question:
     if not isinstance(cast("object", wanted), Mapping):
         raise InvalidOptionError(
-            "wanted", f"the third argument is a dict such as {{'queue': 'slow'}}, got {shown(wanted)}"
+            "wanted", f"the third argument is a dict such as {{'queue': 'q'}}, got {shown(wanted)}"
         )
-    cls: type[Any] = args if isinstance(args, type) else type(args)
+    cls = cast("type[Any]", args if isinstance(args, type) else type(args))
     kind_of(cls)
-    declared = [field.name for field in fields_of(cls)] if declares_fields(cls) else None
-    by_field = (
-        {}
-        if args is not cls
-        else {
-            name: value
-            for name, value in fields.items()
-            if (name in declared if declared is not None else name not in WORDS)
-        }
-    )
-    words: dict[str, Any] = {**wanted, **{name: value for name, value in fields.items() if name not in by_field}}
+    declared = {field.name: field.key for field in fields_of(cls)} if declares_fields(cls) else None
+    fields: dict[str, Any] = {}
+    words: dict[str, Any] = {**wanted}
+    for name, value in keywords.items():
+        known = name not in WORDS if declared is None else name in declared
+        (fields if known and args is cls else words)[name] = value
     for name in words:
         if name not in WORDS:
             names = ", ".join(declared or ()) if args is cls else "none, an instance says them all"
@@ -196,16 +191,15 @@ def _asked(args: Any, wanted: Wanted, fields: Mapping[str, Any]) -> _Question:
                 name,
                 f"{cls.__name__} has no field {name!r}; fields: {names}; beside them: {', '.join(sorted(WORDS))}",
             )
-    river: River[Any] = words.pop("river", None) or River.of(Job)
     count = words.pop("count", None)
     if count is not None and count < 1:
         raise InvalidOptionError("count", f"count must be at least 1, got {count}; use refute_enqueued for none")
-    whole = (
-        None if args is cls else cast("dict[str, Any]", json.loads(river.settings.codec.encode(cast("JobArgs", args))))
-    )
+    river: River[Any] = words.pop("river", None) or River.of(Job)
+    given: JobArgs = args
+    whole = None if args is cls else json.loads(river.settings.codec.encode(given))
     keys = redacted(cls)
-    secret = keys | {field.name for field in (fields_of(cls) if declares_fields(cls) else ()) if field.key in keys}
-    return _Question(cls, river, by_field, whole, words, count, secret)
+    secret = keys | {name for name, key in (declared or {}).items() if key in keys}
+    return _Question(cls, river, fields, whole, words, count, secret)
 
 
 @attrs.frozen
