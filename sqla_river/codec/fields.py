@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Final, Union, cast, get_args, get_origin
 
 import attrs
 
@@ -155,7 +155,8 @@ def _library_fields(cls: Any) -> Iterator[Field]:
         marks: dict[str, Any] = {}
         for meta in getattr(each.type, "__metadata__", ()):
             marks |= getattr(meta, "extra", None) or {}
-        yield _marked(cls, each.name, each.name, each.type, each.required, marks, each.encode_name)
+        bare = get_args(each.type)[0] if get_origin(each.type) is Annotated else each.type
+        yield _marked(cls, each.name, each.name, bare, each.required, marks, each.encode_name)
 
 
 def _holds_secret(kind: Any) -> bool:

@@ -134,15 +134,15 @@ def _located(message: str) -> Mismatch:
 
 def _compare(sent: Any, back: Any) -> None:
     """Raise `Mismatch` at the first place where *back* is not what was *sent*."""
-    cls: Any = type(sent)
+    cls = _class_of(sent)
     if is_secret(cls):
         if sent != back:
             raise Mismatch(
                 f"{type_name(sent)} dumps as a mask, and the secret would be lost; give the model a field_serializer "
                 "that writes the secret, or declare str with json_schema_extra={'sqla_river': {'redact': True}}"
             )
-    elif cls is not type(back):
-        if sent != back or not isinstance(sent, type(back)):
+    elif cls is not _class_of(back):
+        if sent != back or not isinstance(sent, _class_of(back)):
             raise _changed(sent, back)
     elif is_model(cls) or is_struct(cls):
         for field in fields_of(cls):
@@ -155,6 +155,10 @@ def _compare(sent: Any, back: Any) -> None:
             _compare_at(number, value, back[number])
     elif _can_be_equal(sent) and sent != back:
         raise _changed(sent, back)
+
+
+def _class_of(value: object) -> type:
+    return type(value)
 
 
 def _can_be_equal(value: Any) -> bool:

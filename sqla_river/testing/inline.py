@@ -5,7 +5,7 @@ time that the test chooses.
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
@@ -23,6 +23,7 @@ from sqla_river.errors import ConfigError, RunnerError
 from sqla_river.execute import Executor
 from sqla_river.models import Job, declared_schema
 from sqla_river.options import OptionWords, check_when, json_text, said_in
+from sqla_river.outcomes import Cancel, Snooze
 from sqla_river.river import River
 from sqla_river.rows import InsertRow, JobRow, Result
 from sqla_river.runner import Runner
@@ -53,7 +54,8 @@ class Worked:
     Attributes:
         row: the job as it was fetched.
         state: where it went; None if its row was gone, or somebody else's, when the attempt ended.
-        error: the exception that ended the attempt, if one did; `Snooze` and `Cancel` when they were raised.
+        error: the exception that ended the attempt, if one did; a `Snooze` or `Cancel` too when it was raised.
+        outcome: the `Snooze` or `Cancel` that the handler returned or raised, if it did.
         delay: how long a retry or a snooze waits.
         job: what the handler was given; None if it was not called.
     """
@@ -61,6 +63,7 @@ class Worked:
     row: JobRow
     state: JobState | None
     error: BaseException | None = None
+    outcome: Snooze | Cancel | None = None
     delay: timedelta | None = None
     job: JobContext[Any] | None = None
 
@@ -148,14 +151,19 @@ class _InlineScope(Scope):
 
 
 class _Witness:
-    """Middleware that remembers what each handler was given."""
+    """Middleware that remembers what the last handler was given, and what it returned."""
 
-    def __init__(self) -> None:
-        self.jobs: dict[JobRow, JobContext[Any]] = {}
+    job: JobContext[Any] | None = None
+    returned: object = None
 
     def work(self, job: JobContext[Any], call_next: Callable[[JobContext[Any]], Any], /) -> Any:
-        self.jobs[job.row] = job
-        return call_next(job)
+        self.job = job
+        self.returned = returned = call_next(job)
+        return self._awaited(cast("Awaitable[Any]", returned)) if isinstance(returned, Awaitable) else returned
+
+    async def _awaited(self, outcome: Awaitable[Any]) -> Any:
+        self.returned = await outcome
+        return self.returned
 
 
 class Inline:
@@ -275,9 +283,13 @@ class Inline:
         return row
 
     def told(self, result: Result, state: JobState | None) -> Worked:
-        return Worked(
-            result.job, state, result.error, result.transition.delay, self._witness.jobs.pop(result.job, None)
-        )
+        """What came of *result*, whose job went to *state*."""
+        job, returned = self._witness.job, self._witness.returned
+        if job is None or job.row is not result.job:
+            return Worked(result.job, state, result.error, None, result.transition.delay)
+        said = returned if result.error is None else result.error
+        wish = said if isinstance(said, Snooze | Cancel) else None
+        return Worked(result.job, state, result.error, wish, result.transition.delay, job)
 
     def execute(self, row: JobRow) -> Result:
         """One attempt at *row*, whose handler may be ``async``."""

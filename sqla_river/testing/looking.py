@@ -171,12 +171,16 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, datetime | timedelta | JobState) else shown(value)
 
 
+def _class_of(args: object) -> type[Any]:
+    return args if isinstance(args, type) else type(args)
+
+
 def _asked(args: Any, wanted: Wanted, keywords: Mapping[str, Any]) -> _Question:
     if not isinstance(cast("object", wanted), Mapping):
         raise InvalidOptionError(
             "wanted", f"the third argument is a dict such as {{'queue': 'q'}}, got {shown(wanted)}"
         )
-    cls = cast("type[Any]", args if isinstance(args, type) else type(args))
+    cls = _class_of(args)
     kind_of(cls)
     declared = {field.name: field.key for field in fields_of(cls)} if declares_fields(cls) else None
     fields: dict[str, Any] = {}
@@ -195,8 +199,7 @@ def _asked(args: Any, wanted: Wanted, keywords: Mapping[str, Any]) -> _Question:
     if count is not None and count < 1:
         raise InvalidOptionError("count", f"count must be at least 1, got {count}; use refute_enqueued for none")
     river: River[Any] = words.pop("river", None) or River.of(Job)
-    given: JobArgs = args
-    whole = None if args is cls else json.loads(river.settings.codec.encode(given))
+    whole = None if args is cls else json.loads(river.settings.codec.encode(args))
     keys = redacted(cls)
     secret = keys | {name for name, key in (declared or {}).items() if key in keys}
     return _Question(cls, river, fields, whole, words, count, secret)

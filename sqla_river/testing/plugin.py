@@ -1,5 +1,5 @@
 """The pytest plugin. It is loaded in every run of pytest where sqla_river is installed: so nothing but pytest is
-imported here, all else when a fixture is used.
+imported here, all else when a fixture is used; and its newer names stand in quotes.
 """
 
 import pytest
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ABOUT = "URL of a PostgreSQL server for the tests, which may create databases there; without it they start their own"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: "pytest.Parser") -> None:
     parser.getgroup("sqla_river").addoption("--river-url", metavar="URL", help=ABOUT)
     parser.addini("river_url", f"{ABOUT} (the environment's SQLA_RIVER_TEST_URL comes after this)", default="")
 
@@ -32,7 +32,7 @@ def embedded_postgres() -> "Iterator[EmbeddedPostgres]":
 
 
 @pytest.fixture(scope="session")
-def river_server(request: pytest.FixtureRequest) -> str:
+def river_server(request: "pytest.FixtureRequest") -> str:
     """The URL of the server: option, ini, environment, else `embedded_postgres`."""
     import os
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, select
+from sqlalchemy import Engine, MetaData, create_engine, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -15,17 +15,21 @@ from sqla_river import (
     Exponential,
     Job,
     JobContext,
+    JobMixin,
     JobState,
+    River,
     Runner,
     Snooze,
     Unique,
     Workers,
     cancel,
+    create_all,
     enqueue,
     enqueue_many,
 )
 from sqla_river.asyncio import enqueue as enqueue_async
 from sqla_river.errors import ConfigError, DecodeError, EncodeError, InvalidOptionError, RunnerError, TransactionOver
+from sqla_river.models import RiverBase
 from sqla_river.statements import (
     FETCH_AVAILABLE,
     FETCH_JOB_AT,
@@ -36,8 +40,8 @@ from sqla_river.statements import (
     SETTLE_JOBS,
     SETTLE_JOBS_AT,
 )
+from sqla_river.testing import assert_enqueued, drain, rolled_back, work_one
 from sqla_river.testing import asyncio as awaited
-from sqla_river.testing import drain, rolled_back, work_one
 from tests.database import shared_database
 from tests.flow import test_transactional as real
 from tests.making import Count, Greet, compiled
@@ -77,6 +81,10 @@ def raising(_: JobContext[Any]) -> None:
 
 
 def needs_a_session(_: JobContext[Any], __: Session) -> None: ...
+
+
+def only_adds(_: JobContext[Any], session: Session) -> None:
+    session.execute(text("SELECT 1"))
 
 
 def snoozing(_: JobContext[Any]) -> Snooze:
@@ -178,7 +186,10 @@ def test_wishes_of_handlers_are_granted(session: Session) -> None:
     first, second = drain(session, workers)
 
     assert (first.state, second.state, second.delay) == (JobState.CANCELLED, JobState.SCHEDULED, HOUR)
-    assert isinstance(first.error, Cancel)
+    assert first.outcome is first.error
+    assert isinstance(first.outcome, Cancel)
+    assert isinstance(second.outcome, Snooze)
+    assert second.error is None
     assert (one.state, two.state, two.attempt) == (JobState.CANCELLED, JobState.SCHEDULED, 0)
     assert drain(session, workers, now=59 * MINUTE) == []
     assert [each.state for each in drain(session, workers, now=61 * MINUTE)] == [JobState.COMPLETED]
@@ -243,8 +254,6 @@ def test_expired_undecodable_and_paused_jobs_are_met_as_a_runner_meets_them(sess
     enqueue(session, Count(3), queue="paused")
     session.flush()
     broken.args = {"number": "x"}
-    from sqlalchemy import text
-
     session.execute(text("INSERT INTO river_queue (name, updated_at, paused_at) VALUES ('paused', now(), now())"))
 
     undecoded, expired = drain(session, handling(nothing), now=2 * MINUTE)
@@ -270,18 +279,20 @@ def test_a_job_cancelled_or_deleted_by_its_own_handler(session: Session) -> None
 
 
 def test_async_handlers_run_also_under_a_running_loop(session: Session) -> None:
-    async def handler(job: JobContext[Count]) -> None:
+    async def handler(job: JobContext[Count]) -> Cancel | None:
         await asyncio.sleep(0)
         job.output(job.args.number)
+        return Cancel("enough") if job.args.number == 2 else None
 
     enqueue(session, Count(1))
-    assert [each.output for each in drain(session, handling(handler))] == [1]
+    assert [(each.output, each.outcome) for each in drain(session, handling(handler))] == [(1, None)]
     enqueue(session, Count(2))
 
     async def under_a_loop() -> list[Any]:
         return drain(session, handling(handler))
 
-    assert [each.output for each in asyncio.run(under_a_loop())] == [2]
+    (worked,) = asyncio.run(under_a_loop())
+    assert (worked.output, str(worked.outcome)) == (2, "enough")
 
 
 def test_a_connection_will_do(session: Session) -> None:
@@ -289,6 +300,25 @@ def test_a_connection_will_do(session: Session) -> None:
     enqueue(connection, Count(1))
 
     assert numbers(drain(connection, handling(nothing))) == [1]
+
+
+def test_jobs_of_a_schema_of_their_own(engine: Engine) -> None:
+    class InSchema(JobMixin, RiverBase):
+        __river_schema__ = "jobs"
+        metadata = MetaData()
+
+    create_all(engine, "jobs")
+    river = River(job_class=InSchema)
+    with rolled_back(engine) as session:
+        river.enqueue(session, Count(1), scheduled_at=HOUR)
+        enqueue(session, Count(2))
+
+        assert numbers(drain(session, handling(nothing, transactional=False), now=2 * HOUR, river=river)) == [1]
+        assert_enqueued(session, Count, number=1, state="completed", river=river)
+        assert_enqueued(session, Count, number=2, state="available")
+        worked = work_one(handling(only_adds, transactional=True), Count(3), session=session, river=river)
+        assert_enqueued(session, Count, number=3, state="completed", river=river)
+    assert worked.state == JobState.COMPLETED
 
 
 def test_a_runner_brings_its_settings(session: Session, shared: Engine) -> None:
