@@ -139,8 +139,7 @@ def _library_fields(cls: Any) -> Iterator[Field]:
     """Those of a pydantic model or a msgspec Struct. Their library names the JSON key, so a mark cannot."""
     if is_model(cls):
         for name, info in cls.model_fields.items():
-            extra = info.json_schema_extra
-            said = cast("dict[str, Any]", {} if callable(extra) else extra or {})
+            said = _said_by(info) | _said_in(info.annotation)
             field = _marked(cls, name, name, info.annotation, info.is_required(), said, info.serialization_alias)
             yield dataclasses.replace(field, redact=field.redact or _holds_secret(info.annotation))
         return
@@ -152,11 +151,24 @@ def _library_fields(cls: Any) -> Iterator[Field]:
             "module level"
         ) from None
     for each in found:
-        marks: dict[str, Any] = {}
-        for meta in getattr(each.type, "__metadata__", ()):
-            marks |= getattr(meta, "extra", None) or {}
         bare = get_args(each.type)[0] if get_origin(each.type) is Annotated else each.type
-        yield _marked(cls, each.name, each.name, bare, each.required, marks, each.encode_name)
+        yield _marked(cls, each.name, each.name, bare, each.required, _said_in(each.type), each.encode_name)
+
+
+def _said_in(kind: Any) -> dict[str, Any]:
+    """What is said in ``Annotated`` anywhere inside *kind*: ``Annotated[str, ...] | None`` is secret too."""
+    said: dict[str, Any] = {}
+    for meta in getattr(kind, "__metadata__", ()):
+        said |= _said_by(meta)
+    for inner in get_args(kind):
+        said |= _said_in(inner)
+    return said
+
+
+def _said_by(meta: Any) -> dict[str, Any]:
+    """The extra of a ``msgspec.Meta`` or ``pydantic.Field``."""
+    extra: Any = getattr(meta, "extra", None) or getattr(meta, "json_schema_extra", None)
+    return cast("dict[str, Any]", extra) if isinstance(extra, dict) else {}
 
 
 def _holds_secret(kind: Any) -> bool:

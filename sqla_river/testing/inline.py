@@ -3,6 +3,7 @@ time that the test chooses.
 """
 
 import asyncio
+import inspect
 import json
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
@@ -159,7 +160,7 @@ class _Witness:
     def work(self, job: JobContext[Any], call_next: Callable[[JobContext[Any]], Any], /) -> Any:
         self.job = job
         self.returned = returned = call_next(job)
-        return self._awaited(cast("Awaitable[Any]", returned)) if isinstance(returned, Awaitable) else returned
+        return self._awaited(returned) if inspect.isawaitable(returned) else returned
 
     async def _awaited(self, outcome: Awaitable[Any]) -> Any:
         self.returned = await outcome

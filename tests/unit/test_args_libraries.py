@@ -312,6 +312,27 @@ def test_a_root_model_that_is_no_object_is_refused() -> None:
     assert "no object in JSON" in str(refusal(Root([1])))
 
 
+SECRET: dict[str, Any] = {"sqla_river": {"redact": True}}
+
+
+def test_a_mark_inside_a_union_or_list_counts() -> None:
+    class InModel(pydantic.BaseModel):
+        kind: ClassVar[str] = "in_model"
+        a: Annotated[str, pydantic.Field(json_schema_extra=SECRET)] | None = None
+        b: list[Annotated[str, pydantic.Field(json_schema_extra=SECRET)]] = []
+        c: list[pydantic.SecretStr] | None = None
+        d: str = ""
+
+    class InStruct(msgspec.Struct):
+        kind: ClassVar[str] = "in_struct"
+        a: Annotated[str, msgspec.Meta(extra=SECRET)] | None = None
+        b: list[Annotated[str, msgspec.Meta(extra=SECRET)]] = []
+        d: str = ""
+
+    assert redacted(InModel) == {"a", "b", "c"}
+    assert redacted(InStruct) == {"a", "b"}
+
+
 def test_marks_of_a_model_are_checked() -> None:
     class Named(pydantic.BaseModel):
         kind: ClassVar[str] = "named"
