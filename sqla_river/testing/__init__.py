@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sqla_river.testing.databases import rolled_back
-    from sqla_river.testing.inline import Worked, drain, work_one
+    from sqla_river.testing.inline import drain, work_one
     from sqla_river.testing.looking import Wanted, assert_enqueued, refute_enqueued
+    from sqla_river.testing.worked import Worked
 
 __all__ = ["Wanted", "Worked", "assert_enqueued", "drain", "refute_enqueued", "rolled_back", "work_one"]
 
 if not TYPE_CHECKING:
     _HOMES = {
         "databases": ("rolled_back",),
-        "inline": ("Worked", "drain", "work_one"),
+        "inline": ("drain", "work_one"),
         "looking": ("Wanted", "assert_enqueued", "refute_enqueued"),
+        "worked": ("Worked",),
     }
     _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,8 +17,9 @@ from sqla_river.river import River
 from sqla_river.rows import JobRow
 from sqla_river.runner import Runner
 from sqla_river.testing import inline, looking
-from sqla_river.testing.inline import Inline, Worked
+from sqla_river.testing.inline import Inline
 from sqla_river.testing.looking import Wanted
+from sqla_river.testing.worked import Worked
 from sqla_river.workers import Workers
 
 if TYPE_CHECKING:

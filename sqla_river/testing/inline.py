@@ -4,7 +4,6 @@ time that the test chooses.
 
 import asyncio
 import inspect
-import json
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
-import attrs
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session, scoped_session
 
@@ -28,7 +26,7 @@ from sqla_river.outcomes import Cancel, Snooze
 from sqla_river.river import River
 from sqla_river.rows import InsertRow, JobRow, Result
 from sqla_river.runner import Runner
-from sqla_river.session import AnySession, connect
+from sqla_river.session import AnySession, check_bind, connect
 from sqla_river.settle import Scope, Unit
 from sqla_river.statements import (
     FETCH_JOB_AT,
@@ -40,73 +38,13 @@ from sqla_river.statements import (
 )
 from sqla_river.states import JobState
 from sqla_river.testing.sessions import plain_session
+from sqla_river.testing.worked import Worked
 from sqla_river.workers import Worker, Workers
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 T = TypeVar("T")
-
-
-@attrs.frozen
-class Worked:
-    """What came of one attempt.
-
-    Attributes:
-        row: the job as it was fetched.
-        state: where it went; None if its row was gone, or somebody else's, when the attempt ended.
-        error: the exception that ended the attempt, if one did; a `Snooze` or `Cancel` too when it was raised.
-        outcome: the `Snooze` or `Cancel` that the handler returned or raised, if it did.
-        delay: how long a retry or a snooze waits.
-        job: what the handler was given; None if it was not called.
-    """
-
-    row: JobRow
-    state: JobState | None
-    error: BaseException | None = None
-    outcome: Snooze | Cancel | None = None
-    delay: timedelta | None = None
-    job: JobContext[Any] | None = None
-
-    @property
-    def id(self) -> int:
-        return self.row.id
-
-    @property
-    def kind(self) -> str:
-        return self.row.kind
-
-    @property
-    def attempt(self) -> int:
-        """Counted from 1."""
-        return self.row.attempt
-
-    @property
-    def args(self) -> Any:
-        """As they were decoded; None if they could not be."""
-        return self.job.args if self.job is not None else None
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The job's metadata, with what the handler assigned."""
-        return (
-            dict(self.job.metadata) if self.job is not None else cast("dict[str, Any]", json.loads(self.row.metadata))
-        )
-
-    @property
-    def output(self) -> Any:
-        """What the handler gave to ``job.output``; None if nothing."""
-        return self.metadata.get("output")
-
-    @property
-    def progress(self) -> dict[str, Any] | None:
-        """The last ``job.progress``: done, total, note."""
-        told = self.job.progressed if self.job is not None else None
-        return None if told is None else cast("dict[str, Any]", json.loads(told))
-
-    def __repr__(self) -> str:
-        error = f" ({type(self.error).__name__}: {self.error})" if self.error is not None else ""
-        return f"<job {self.id} {self.kind} attempt {self.attempt}: {self.state or 'gone'}{error}>"
 
 
 class _InlineUnit(Unit):
@@ -198,6 +136,7 @@ class Inline:
 
     def begin(self, session: Session | Connection) -> None:
         """Set the clock."""
+        check_bind(session, self.job_class)
         wanted = self._wanted
         if not isinstance(wanted, datetime):
             clock: datetime = self._execute(session, SELECT_CLOCK, {}).scalar_one()

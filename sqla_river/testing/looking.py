@@ -15,7 +15,7 @@ from sqla_river.errors import DecodeError, InvalidOptionError
 from sqla_river.models import Job, JobMixin
 from sqla_river.options import shown
 from sqla_river.river import River
-from sqla_river.session import AnySession
+from sqla_river.session import AnySession, check_bind
 from sqla_river.states import JobState
 from sqla_river.testing.sessions import plain_session
 
@@ -216,6 +216,7 @@ class _Seen:
 
 def _look(session: AnySession, question: _Question, verb: str) -> _Seen:
     plain = plain_session(session, verb)
+    check_bind(plain, question.river.job_class)
     if isinstance(plain, Connection):
         with Session(plain, join_transaction_mode="rollback_only") as own:
             seen = _see(own, question)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_river import Job, JobMixin, River, enqueue, enqueue_many
 from sqla_river.asyncio import enqueue as enqueue_async
-from sqla_river.errors import AsyncSessionError, InvalidOptionError, SessionError
+from sqla_river.errors import AsyncSessionError, InvalidOptionError, SessionError, WrongDatabaseError
 from sqla_river.models import RiverBase
 from sqla_river.testing import assert_enqueued, drain, refute_enqueued, rolled_back, work_one
 from sqla_river.testing import asyncio as awaited
@@ -168,6 +168,14 @@ def test_it_takes_whatever_enqueue_takes(shared: Engine, session: Session) -> No
     scoped.remove()
     with pytest.raises(SessionError):
         assert_enqueued(shared, Count)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def test_another_database_is_refused() -> None:
+    with Session(create_engine("sqlite://")) as elsewhere:
+        with pytest.raises(WrongDatabaseError):
+            assert_enqueued(elsewhere, Count)
+        with pytest.raises(WrongDatabaseError):
+            drain(elsewhere, handling(nothing))
 
 
 def test_a_river_of_ones_own_gives_its_own_jobs(session: Session) -> None:
