@@ -1,5 +1,5 @@
 WITH locked AS (SELECT given.state AS state, given.back AS back, given.delay AS delay, given.error AS error, given.metadata AS metadata, given.snoozed AS snoozed, held.at AS at, held.id AS id
-FROM unnest(%(p_ids)s::BIGINT[], %(p_tokens)s::TEXT[], %(p_states)s::TEXT[], %(p_backs)s::INTEGER[], %(p_delays)s::INTERVAL[], %(p_errors)s::TEXT[], %(p_metadata)s::TEXT[], %(p_snoozed)s::INTEGER[]) AS given(id, token, state, back, delay, error, metadata, snoozed)
+FROM unnest(CAST(%(p_ids)s::VARCHAR AS BIGINT[]), CAST(%(p_tokens)s::VARCHAR AS TEXT[]), %(p_states)s::TEXT[], %(p_backs)s::INTEGER[], %(p_delays)s::INTERVAL[], %(p_errors)s::TEXT[], %(p_metadata)s::TEXT[], %(p_snoozed)s::INTEGER[]) AS given(id, token, state, back, delay, error, metadata, snoozed)
 JOIN LATERAL (SELECT w.ctid AS at, w.id AS id
 FROM river_job AS w
 WHERE w.id = given.id AND CAST(w.state AS TEXT) = 'running' AND w.attempted_by[cardinality(w.attempted_by)] = given.token
