@@ -1,4 +1,6 @@
-"""Typed args to JSON and back: what `River(codec=...)` takes, and the codec for attrs classes and dataclasses."""
+"""Typed args to JSON and back: what `River(codec=...)` takes, and the codec for attrs classes, dataclasses,
+pydantic models and msgspec Structs.
+"""
 
 import json
 import re
@@ -10,7 +12,8 @@ from typing import Any, ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 import cattrs
 
 from sqla_river.codec import fields, plain
-from sqla_river.codec.records import Plan, plan_for
+from sqla_river.codec.plan import Plan
+from sqla_river.codec.records import plan_for
 from sqla_river.codec.shapes import Mismatch, shown, type_name
 from sqla_river.errors import DecodeError, EncodeError, RegistrationError
 
@@ -82,7 +85,7 @@ def kind_of(args: object) -> str:
 def redacted(args_type: type[JobArgs]) -> frozenset[str]:
     """The JSON keys of the fields marked ``redact``, at any depth: whoever shows args masks these keys.
 
-    Empty for a class that is neither an attrs class nor a dataclass.
+    Empty for a class that only a codec of one's own knows.
 
     Raises:
         RegistrationError: a mark that does not exist, or an annotation that cannot be resolved.
@@ -103,7 +106,7 @@ def unique_fields(args_type: type[JobArgs]) -> list[str]:
 
 
 def _declared(args_type: type, read: Callable[[type], T]) -> T | None:
-    if not fields.has_fields(args_type):
+    if not fields.declares_fields(args_type):
         return None
     try:
         return read(args_type)
@@ -112,10 +115,13 @@ def _declared(args_type: type, read: Callable[[type], T]) -> T | None:
 
 
 class CattrsCodec:
-    """The codec for attrs classes and dataclasses; `shapes` says how each type looks in JSON.
+    """The codec for attrs classes and dataclasses, and more; `shapes` says how each type looks in JSON.
 
     Values are checked against the declared types both ways, and nothing is coerced. On the way back unknown keys are
     ignored, and a missing one takes the field's default. A class is compiled when it is first met.
+
+    A pydantic model or msgspec Struct is dumped and read by its own library, by its own rules; what would not come back
+    as it is, such as the mask of a ``SecretStr``, is refused when it is enqueued.
 
     Args:
         max_bytes: the longest JSON that `encode` returns.
@@ -144,6 +150,8 @@ class CattrsCodec:
             if plan.recursive:
                 plain.check_depth(tree)
             raw = _dump(tree)
+            if plan.check is not None and len(raw) <= self.max_bytes:
+                plan.check(args, plan.decode(raw))
         except Exception as error:  # noqa: BLE001 - a class may do anything in its properties and hooks
             failure: Exception = EncodeError(*_told(error, self._plans.get(type(args)), encoding=True))
         else:
@@ -165,6 +173,8 @@ class CattrsCodec:
         """
         try:
             plan = self._plans.get(args_type) or self.plan(args_type)
+            if plan.raw:
+                return cast("A", plan.decode(raw))
             tree = _load(raw, exact=plan.open)
             try:
                 return cast("A", plan.decode(tree))

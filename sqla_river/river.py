@@ -104,7 +104,7 @@ class River(Generic[J]):
 
         Args:
             session: Session, scoped_session or Connection; for AsyncSession there is ``sqla_river.asyncio``.
-            args: an instance of an args class: attrs or dataclass, with a ``kind``. Encoded now.
+            args: an instance of an args class: attrs, dataclass, pydantic or msgspec, with a ``kind``. Encoded now.
             options: queue, priority, max_attempts, tags, metadata, scheduled_at, pending: see `InsertOptions`. What is
                 left out or None, the args class and then this River decide.
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, Transaction, inspect
@@ -92,7 +92,7 @@ class Unit:
             "p_metadata": transition.metadata,
             "p_snoozed": int(transition.snoozed),
         }
-        state = store.execute(self.connection, self._schema, SETTLE_JOB, given).scalar()
+        state = self.write(given)
         if state is None:
             raise LostJobError
         try:
@@ -102,6 +102,10 @@ class Unit:
                 raise CommitUnknownError from error
             raise
         return JobState(state)
+
+    def write(self, given: dict[str, Any]) -> str | None:
+        """Write the transition of `settle`; the state that the job came to, None where the fence does not hold."""
+        return cast("str | None", store.execute(self.connection, self._schema, SETTLE_JOB, given).scalar())
 
 
 class Scope:
@@ -157,46 +161,56 @@ class Scope:
         """A unit for *row*. What is not settled when the block ends is rolled back."""
         connection = self._wait_for_connection()
         try:
-            unit = self._unit(connection, row)
-            scoped = self._scoped
-            unit.session = session = _make(self._maker, unit)
-            if scoped is not None:
-                scoped.registry.set(session)
-                unit.kept = lambda: scoped.registry.has() and scoped.registry() is session
-            try:
+            with self.within(self._unit(connection, row)) as unit:
                 yield unit
-            finally:
-                if scoped is not None:
-                    scoped.remove()
-                session.close()
-                if unit.root.is_active:
-                    unit.root.rollback()
         finally:
             connection.close()
+
+    @contextmanager
+    def within(self, unit: Unit) -> Generator[Unit]:
+        """*unit* with a session of the user's making, for as long as the block runs."""
+        scoped = self._scoped
+        unit.session = session = _make(self._maker, unit)
+        if scoped is not None:
+            scoped.registry.set(session)
+            unit.kept = lambda: scoped.registry.has() and scoped.registry() is session
+        try:
+            yield unit
+        finally:
+            if scoped is not None:
+                scoped.remove()
+            session.close()
+            if unit.root.is_active:
+                unit.root.rollback()
 
     @asynccontextmanager
     async def open_async(self, row: JobRow) -> AsyncGenerator[Unit]:
         """The same with an AsyncSession."""
+        connection = await self._wait_for_async_connection()
+        try:
+            async with self.within_async(connection, await connection.run_sync(self._unit, row)) as unit:
+                yield unit
+        finally:
+            await connection.close()
+
+    @asynccontextmanager
+    async def within_async(self, connection: "AsyncConnection", unit: Unit) -> AsyncGenerator[Unit]:
+        """`within`, for a unit on *connection*."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
         maker = self._async_maker
         options: dict[str, Any] = {"expire_on_commit": False, **(maker.kw if maker is not None else {})}
         base: type[Any] = maker.class_ if maker is not None else AsyncSession
-        connection = await self._wait_for_async_connection()
+        sync_base = options.pop("sync_session_class", base.sync_session_class)
+        unit.session = session = base(
+            bind=connection, sync_session_class=_job_session(sync_base), **_options(options, unit)
+        )
         try:
-            unit = await connection.run_sync(self._unit, row)
-            sync_base = options.pop("sync_session_class", base.sync_session_class)
-            unit.session = session = base(
-                bind=connection, sync_session_class=_job_session(sync_base), **_options(options, unit)
-            )
-            try:
-                yield unit
-            finally:
-                await session.close()
-                if unit.root.is_active:
-                    await connection.run_sync(lambda _: unit.root.rollback())
+            yield unit
         finally:
-            await connection.close()
+            await session.close()
+            if unit.root.is_active:
+                await connection.run_sync(lambda _: unit.root.rollback())
 
     def resolve(self, row: JobRow) -> JobState | None:
         """What became of *row* when the reply to its COMMIT was lost; None if it was not committed, or that cannot be

@@ -1,11 +1,13 @@
-"""What an args class declares: fields, JSON keys, types, marks. Standard library and attrs only."""
+"""What an args class declares: fields, JSON keys, types, marks. Standard library and attrs only: pydantic and msgspec
+are asked only about classes of theirs.
+"""
 
 import dataclasses
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Final, Union, cast, get_args, get_origin
 
 import attrs
 
@@ -36,14 +38,41 @@ def has_fields(cls: object) -> bool:
     return isinstance(cls, type) and (attrs.has(cls) or dataclasses.is_dataclass(cls))
 
 
+def is_model(cls: object) -> bool:
+    """Whether *cls* is a pydantic model."""
+    return _derives(cls, "pydantic.main", "BaseModel")
+
+
+def is_struct(cls: object) -> bool:
+    """Whether *cls* is a msgspec Struct."""
+    return _derives(cls, "msgspec", "Struct")
+
+
+def is_secret(cls: object) -> bool:
+    """Whether *cls* is a type of pydantic's that shows a mask for its value."""
+    return any(_derives(cls, "pydantic.types", name) for name in ("SecretStr", "SecretBytes", "Secret"))
+
+
+def _derives(cls: object, module: str, name: str) -> bool:
+    base = getattr(sys.modules.get(module), name, None)  # where the module is not loaded, no class can be its
+    return isinstance(base, type) and isinstance(cls, type) and issubclass(cls, base)
+
+
+def declares_fields(cls: object) -> bool:
+    """Whether *cls* is an attrs class, a dataclass, a pydantic model or a msgspec Struct."""
+    return has_fields(cls) or is_model(cls) or is_struct(cls)
+
+
 def fields_of(cls: type) -> list[Field]:
-    """The fields of an attrs class or dataclass, in order.
+    """The fields of a class that `declares_fields`, in order.
 
     Those with ``init=False`` are left out: they follow from the others.
 
     Raises:
         TypeError: a mark that does not exist, a JSON key used twice, an annotation that cannot be resolved.
     """
+    if not has_fields(cls):
+        return list(_library_fields(cls))
     found = [_marked(cls, *raw) for raw in _raw_fields(cls)]
     keys = [field.key for field in found]
     for key in keys:
@@ -66,7 +95,7 @@ def redacted_keys(cls: type) -> frozenset[str]:
             continue
         seen.append(kind)
         bare = get_origin(kind) or kind
-        if has_fields(bare):
+        if declares_fields(bare):
             fields = fields_of(bare)
             keys.update(field.key for field in fields if field.redact)
             todo += [field.type for field in fields]
@@ -91,7 +120,7 @@ def _nested(kind: Any) -> type | None:
     if get_origin(kind) in {Union, types.UnionType}:
         members = [one for one in get_args(kind) if one is not types.NoneType]
     bare = get_origin(members[0]) or members[0]
-    return bare if len(members) == 1 and has_fields(bare) else None
+    return bare if len(members) == 1 and declares_fields(bare) else None
 
 
 def _raw_fields(cls: type) -> Iterator[tuple[str, str, Any, bool, Mapping[str, Any]]]:
@@ -106,14 +135,64 @@ def _raw_fields(cls: type) -> Iterator[tuple[str, str, Any, bool, Mapping[str, A
             yield one.name, one.name, one.type, required, one.metadata
 
 
-def _marked(cls: type, name: str, alias: str, annotation: Any, required: bool, metadata: Mapping[str, Any]) -> Field:
+def _library_fields(cls: Any) -> Iterator[Field]:
+    """Those of a pydantic model or a msgspec Struct. Their library names the JSON key, so a mark cannot."""
+    if is_model(cls):
+        for name, info in cls.model_fields.items():
+            said = _said_by(info) | _said_in(info.annotation)
+            field = _marked(cls, name, name, info.annotation, info.is_required(), said, info.serialization_alias)
+            yield dataclasses.replace(field, redact=field.redact or _holds_secret(info.annotation))
+        return
+    try:
+        found = sys.modules["msgspec"].structs.fields(cls)
+    except Exception as error:  # noqa: BLE001 - evaluating annotations can raise anything
+        raise TypeError(
+            f"the fields of {cls.__name__} cannot be read ({type(error).__name__}: {error}); import their types at "
+            "module level"
+        ) from None
+    for each in found:
+        bare = get_args(each.type)[0] if get_origin(each.type) is Annotated else each.type
+        yield _marked(cls, each.name, each.name, bare, each.required, _said_in(each.type), each.encode_name)
+
+
+def _said_in(kind: Any) -> dict[str, Any]:
+    """What is said in ``Annotated`` anywhere inside *kind*: ``Annotated[str, ...] | None`` is secret too."""
+    said: dict[str, Any] = {}
+    for meta in getattr(kind, "__metadata__", ()):
+        said |= _said_by(meta)
+    for inner in get_args(kind):
+        said |= _said_in(inner)
+    return said
+
+
+def _said_by(meta: Any) -> dict[str, Any]:
+    """The extra of a ``msgspec.Meta`` or ``pydantic.Field``."""
+    extra: Any = getattr(meta, "extra", None) or getattr(meta, "json_schema_extra", None)
+    return cast("dict[str, Any]", extra) if isinstance(extra, dict) else {}
+
+
+def _holds_secret(kind: Any) -> bool:
+    return is_secret(get_origin(kind) or kind) or any(map(_holds_secret, get_args(kind)))
+
+
+def _marked(
+    cls: type,
+    name: str,
+    alias: str,
+    annotation: Any,
+    required: bool,
+    metadata: Mapping[str, Any],
+    library_key: str | None = None,
+) -> Field:
     marks = metadata.get("sqla_river", {})
     where = f"field {name!r} of {cls.__name__}"
     # A typo must not pass: {"redacted": True} would print the secret.
     if not isinstance(marks, Mapping) or not MARKS.issuperset(cast("Mapping[str, Any]", marks)):
         raise TypeError(f"{where} has metadata 'sqla_river' other than a dict of 'name', 'redact', 'unique'")
     marks = cast("Mapping[str, Any]", marks)
-    key, redact, unique = marks.get("name", name), marks.get("redact", False), marks.get("unique", False)
+    if "name" in marks and not has_fields(cls):
+        raise TypeError(f"{where} has metadata 'name', but its library names the JSON key; use an alias, or rename=")
+    key, redact, unique = marks.get("name", library_key or name), marks.get("redact", False), marks.get("unique", False)
     if not isinstance(key, str) or not key:
         raise TypeError(f"{where} has metadata 'name' that is not a text of at least one character")
     if not isinstance(redact, bool) or not isinstance(unique, bool):

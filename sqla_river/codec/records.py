@@ -16,36 +16,26 @@ from cattrs.gen import override
 
 from sqla_river.codec import containers, plain, shapes
 from sqla_river.codec.fields import Field, fields_of, has_fields, redacted_keys
+from sqla_river.codec.library import library_plan
+from sqla_river.codec.plan import Plan
 from sqla_river.codec.shapes import Mismatch, Shape, shown, type_name
 
 
-@attrs.frozen
-class Plan:
-    """How one args class travels."""
-
-    encode: Callable[[Any], Any]
-    """From an instance to a dict that JSON can hold; raises `Mismatch`."""
-    decode: Callable[[Any], Any]
-    """The inverse; raises `Mismatch`, or RecursionError for JSON that is nested too deep."""
-    secrets: frozenset[str]
-    """The JSON keys of redacted fields, at any depth."""
-    recursive: bool
-    """Whether the class can hold itself, so that the depth must be checked."""
-    open: bool
-    """Whether some number's type depends on the JSON alone, so that parsing must be exact."""
-
-
 def plan_for(cls: type, converter: cattrs.Converter) -> Plan:
-    """Compile *cls*; classes without fields inside it travel by the hooks of *converter*.
+    """Compile *cls*; classes without fields inside it travel by the hooks of *converter*. A pydantic model or msgspec
+    Struct is left to its own library.
 
     Raises:
         Mismatch: the class, or a type in it, has no JSON form.
     """
     if not has_fields(cls):
-        raise Mismatch(
-            f"class {shown(cls.__name__)} has no fields; decorate it with @attrs.frozen or @dataclass, "
-            "or give River a codec that knows it"
-        )
+        plan = library_plan(cls)
+        if plan is None:
+            raise Mismatch(
+                f"class {shown(cls.__name__)} has no fields; decorate it with @attrs.frozen or @dataclass, "
+                "or give River a codec that knows it"
+            )
+        return plan
     root = _Compiler(converter).shape(cls)
     seen: dict[int, bool] = {}  # True while the walk is below it
     recursive = is_open = False

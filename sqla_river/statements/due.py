@@ -1,8 +1,8 @@
 """Making available what is due."""
 
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Double, Text, and_, bindparam, cast, extract, func, or_, select, update
+from sqlalchemy import ColumnElement, Double, Text, and_, bindparam, cast, extract, func, or_, select, update
 
 from sqla_river.statements.words import (
     MOMENT,
@@ -18,44 +18,49 @@ from sqla_river.statements.words import (
     would_take_key,
 )
 
-_holder: Final = job.alias("holder")
-_due: Final = (
-    select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"))
-    .where(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= NOW)
-    .order_by(w.c.scheduled_at, w.c.id)
-    .limit(literal("1000"))
-    .with_for_update(skip_locked=True, of=w)
-    .cte("due")
-)
-_judged: Final = select(
-    _due.c.id,
-    and_(
-        _due.c.takes,
-        or_(
-            select(_holder.c.id)
-            .where(holds_key(_holder, _due.c.unique_key), _holder.c.id != _due.c.id)
-            .correlate(_due)
-            .exists(),
-            func.row_number().over(partition_by=_due.c.unique_key, order_by=_due.c.id) > literal("1"),
-        ),
-    ).label("taken"),
-).cte("judged")
-_moved: Final = (
-    update(job)
-    .where(job.c.id == _judged.c.id)
-    .values(**discarded_if(func.coalesce(_judged.c.taken, literal("false"))))
-    .returning(job.c.queue)
-    .cte("moved")
-)
-_queues_moved: Final = select(_moved.c.queue, func.count().label("jobs")).group_by(_moved.c.queue).cte("queues_moved")
+
+def schedule_due(now: ColumnElement[Any] = NOW) -> Any:
+    """The statement for what is due at *now*."""
+    holder = job.alias("holder")
+    due = (
+        select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"))
+        .where(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= now)
+        .order_by(w.c.scheduled_at, w.c.id)
+        .limit(literal("1000"))
+        .with_for_update(skip_locked=True, of=w)
+        .cte("due")
+    )
+    judged = select(
+        due.c.id,
+        and_(
+            due.c.takes,
+            or_(
+                select(holder.c.id)
+                .where(holds_key(holder, due.c.unique_key), holder.c.id != due.c.id)
+                .correlate(due)
+                .exists(),
+                func.row_number().over(partition_by=due.c.unique_key, order_by=due.c.id) > literal("1"),
+            ),
+        ).label("taken"),
+    ).cte("judged")
+    moved = (
+        update(job)
+        .where(job.c.id == judged.c.id)
+        .values(**discarded_if(func.coalesce(judged.c.taken, literal("false"))))
+        .returning(job.c.queue)
+        .cte("moved")
+    )
+    queues_moved = select(moved.c.queue, func.count().label("jobs")).group_by(moved.c.queue).cte("queues_moved")
+    return select(
+        queues_moved.c.queue, queues_moved.c.jobs, notification("river_insert", queue_payload(queues_moved.c.queue))
+    )
+
 
 # Caller: fetch, when its timer fires. Indexes: river_job_due_idx, river_job_unique_idx for rows with a key. Locks:
 # up to 1,000 rows, none waited for. A job whose unique key was taken by another is discarded with that reason (River's
 # rule). It wakes the other runners in the same statement; the notification is selected, or PostgreSQL would never call
 # it.
-SCHEDULE_DUE: Final = select(
-    _queues_moved.c.queue, _queues_moved.c.jobs, notification("river_insert", queue_payload(_queues_moved.c.queue))
-)
+SCHEDULE_DUE: Final = schedule_due()
 
 _recently: Final = NOW - literal("interval '1 day'")  # arithmetic on -infinity, or on a time BC, would raise
 

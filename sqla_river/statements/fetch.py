@@ -96,7 +96,7 @@ _is_suspect: Final = (
 )
 
 
-def _first_free(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
+def first_free(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
     """The ctids of the first free rows of each queue asked for that is not paused, locked."""
     found = (
         _free_rows(_asked, *conditions).order_by(w.c.priority, w.c.scheduled_at, w.c.id).correlate(_asked).lateral("j")
@@ -150,7 +150,7 @@ def _of_unpaused(asked: Any, found: Any) -> ColumnElement[Any]:
     return func.any(func.array(unpaused.scalar_subquery()))
 
 
-def _take(ctids: ColumnElement[Any]) -> Any:
+def take(ctids: ColumnElement[Any]) -> Any:
     """Mark the available ones of *ctids* running under p_token. It decodes nothing and cannot overflow: a poison row
     fails later, alone.
     """
@@ -170,16 +170,16 @@ def _take(ctids: ColumnElement[Any]) -> Any:
 # Caller: fetch, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid
 # Scan outside (River's CTE joins by id: 1.5 to 1.7 times the cost). Locks: up to the sum of p_slots rows, none waited
 # for. Fewer rows than asked does not mean that a queue is empty: a row may change between snapshot and lock.
-FETCH_AVAILABLE: Final = _take(_first_free())
+FETCH_AVAILABLE: Final = take(first_free())
 
 # The same while there are suspects: they run alone, not here.
-FETCH_UNSUSPECTED: Final = _take(_first_free(~_is_suspect))
+FETCH_UNSUSPECTED: Final = take(first_free(~_is_suspect))
 
 # Caller: fetch, where a scan from the start of a queue was wasteful. Index: river_job_fetch_idx, one scan per queue and
 # priority, from the time that SELECT_BOUNDS gave. Locks: as FETCH_AVAILABLE.
-FETCH_BOUNDED: Final = _take(_first_free_since())
+FETCH_BOUNDED: Final = take(_first_free_since())
 # The same while there are suspects.
-FETCH_BOUNDED_UNSUSPECTED: Final = _take(_first_free_since(~_is_suspect))
+FETCH_BOUNDED_UNSUSPECTED: Final = take(_first_free_since(~_is_suspect))
 
 _moment: Final = NOW - cast(bindparam("p_before", type_=Interval), Interval)
 
@@ -210,7 +210,7 @@ _suspects: Final[Any] = (
     .limit(literal("1"))
 )
 _suspect: Final = _suspects.with_for_update(skip_locked=True, of=w)
-_taken: Final = _take(func.any(func.array(_suspect.scalar_subquery()))).cte("taken")
+_taken: Final = take(func.any(func.array(_suspect.scalar_subquery()))).cte("taken")
 _marked: Final = (
     update(river_runner)
     .where(river_runner.c.id == bindparam("p_id", type_=Text))

@@ -6,6 +6,8 @@ from datetime import datetime, timedelta
 from typing import Any, ClassVar, assert_type
 
 import attrs
+import msgspec
+import pydantic
 from sqlalchemy import Connection, Engine, MetaData, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session, scoped_session
@@ -34,6 +36,8 @@ from sqla_river import (
 from sqla_river import asyncio as awaited
 from sqla_river.insert import Inserted
 from sqla_river.models import RiverBase
+from sqla_river.testing import Worked, assert_enqueued, drain, refute_enqueued, rolled_back, work_one
+from sqla_river.testing import asyncio as awaited_testing
 
 
 @attrs.frozen
@@ -51,6 +55,19 @@ class Data:
 
 class Bare:
     kind: ClassVar = "bare"
+
+
+class Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True)
+    kind: ClassVar[str] = "model"
+    options: ClassVar[InsertOptions] = InsertOptions(queue="a")
+    n: int
+
+
+class Struct(msgspec.Struct, frozen=True):
+    kind: ClassVar[str] = "struct"
+    options: ClassVar[InsertOptions] = InsertOptions(queue="a")
+    n: int
 
 
 class Base(DeclarativeBase):
@@ -84,6 +101,9 @@ def verbs(session: Session, scoped: scoped_session[Session], connection: Connect
     assert_type(enqueue_many(session, [Attrs(1), Data(2)]), Inserted)
     enqueue_many(connection, ((Attrs(n), InsertOptions(priority=1)) for n in range(3)), returning=True)
     assert_type(session.scalars(select(Job).where(Job.state == JobState.RETRYABLE)).one(), Job)
+    assert_type(enqueue(session, Model(n=1)), Job)
+    assert_type(enqueue(session, Struct(n=1)), Job)
+    enqueue_many(session, [Model(n=1), (Struct(n=2), InsertOptions(priority=1))])
     create_all(engine)
     create_all(connection, "river")
 
@@ -137,6 +157,41 @@ def outcomes(job: JobContext[Data]) -> Snooze | Cancel | None:
 @workers.register(Bare)
 def several(job: JobContext[Attrs | Bare]) -> Cancel:
     return Cancel(str(job.args))
+
+
+@workers.register(Model)
+def model(job: JobContext[Model]) -> None:
+    assert_type(job.args, Model)
+
+
+@workers.register(Struct, transactional=True)
+async def struct(job: JobContext[Struct], session: AsyncSession) -> Snooze | None:
+    assert_type(job.args.n, int)
+    return None
+
+
+def testing(session: Session, scoped: scoped_session[Session], connection: Connection, engine: Engine) -> None:
+    river = River(job_class=Mine)
+    assert_type(assert_enqueued(session, Attrs), Job)
+    assert_type(assert_enqueued(scoped, Model, n=1, queue="a"), Job)
+    assert_type(assert_enqueued(connection, Struct(n=1), {"queue": "a", "count": 2}), Job)
+    assert_type(assert_enqueued(session, Attrs, n=1, river=river), Mine)
+    assert_type(assert_enqueued(session, Attrs(1), river=River()), Job)
+    refute_enqueued(session, Data, {"state": JobState.RETRYABLE}, n=1)
+    assert_type(drain(session, workers, now=timedelta(hours=1)), list[Worked])
+    assert_type(drain(scoped, workers=workers, river=river, limit=5), list[Worked])
+    assert_type(work_one(workers, Model(n=1), attempt=2, queue="q").state, JobState | None)
+    work_one(workers, Struct(n=1), session=session)
+    with rolled_back(engine) as joined:
+        assert_type(joined, Session)
+
+
+async def async_testing(session: AsyncSession) -> None:
+    assert_type(await awaited_testing.assert_enqueued(session, Attrs, n=1), Job)
+    assert_type(await awaited_testing.assert_enqueued(session, Attrs, river=River(job_class=Mine)), Mine)
+    await awaited_testing.refute_enqueued(session, Model(n=1))
+    assert_type(await awaited_testing.drain(session, workers, now=timedelta(0)), list[Worked])
+    assert_type(await awaited_testing.work_one(workers, Data(1), session=session), Worked)
 
 
 def the_decorated_stays_what_it_was() -> Callable[[JobContext[Data]], Snooze | Cancel | None]:

@@ -4,6 +4,8 @@ from datetime import timedelta
 from typing import ClassVar, Literal
 
 import attrs
+import msgspec
+import pydantic
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -19,6 +21,8 @@ from sqla_river import (
     enqueue_many,
 )
 from sqla_river import asyncio as awaited
+from sqla_river.testing import assert_enqueued, drain, refute_enqueued, work_one
+from sqla_river.testing import asyncio as awaited_testing
 
 
 @attrs.frozen
@@ -54,7 +58,39 @@ class KindAsNumber:
     kind: ClassVar[int] = 1
 
 
+class Model(pydantic.BaseModel):
+    kind: ClassVar[str] = "model"
+    n: int
+
+
+class ModelNoKind(pydantic.BaseModel):
+    n: int
+
+
+class ModelKindAsField(pydantic.BaseModel):
+    kind: Literal["x"] = "x"
+
+
+class Struct(msgspec.Struct):
+    kind: ClassVar[str] = "struct"
+    n: int
+
+
+class StructNoKind(msgspec.Struct):
+    n: int
+
+
+class StructKindAsField(msgspec.Struct):
+    kind: str = "x"
+
+
 def args(session: Session) -> None:
+    enqueue(session, ModelNoKind(n=1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    enqueue(session, ModelKindAsField())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    enqueue(session, StructNoKind(n=1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    enqueue(session, StructKindAsField())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    enqueue(session, Model(n="1"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    enqueue(session, Struct(m=1))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     enqueue(session, NoKind(1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     enqueue(session, KindAsField("x"))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     enqueue(session, KindUnannotated())  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -100,6 +136,40 @@ def other_outcome(job: JobContext[Good]) -> int:
 
 @workers.register(Good)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 def session_without_a_transaction(job: JobContext[Good], session: Session) -> None: ...
+
+
+@workers.register(Model)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+def struct_for_a_model(job: JobContext[Struct]) -> None: ...
+
+
+@workers.register(StructNoKind)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+def struct_without_kind(job: JobContext[StructNoKind]) -> None: ...
+
+
+@workers.register(Struct)
+def field_that_is_not_there(job: JobContext[Struct]) -> None:
+    job.args.m  # type: ignore[attr-defined]  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+
+
+async def testing(session: Session, awaited_session: AsyncSession) -> None:
+    assert_enqueued(session, NoKind)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    assert_enqueued(session, "good")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    assert_enqueued(session, Good, {"quue": "q"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    assert_enqueued(session, Good, {"count": "2"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    assert_enqueued(session, Good, river=Job)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert_enqueued(awaited_session, Good)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    refute_enqueued(session, StructNoKind)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
+    drain(awaited_session, workers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    drain(session)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    drain(session, workers, now=60)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    drain(session, workers, clock=timedelta(1))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    work_one(workers, Good)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    work_one(workers, Good(1), prioritty=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await awaited_testing.drain(session, workers)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    awaited_testing.assert_enqueued(awaited_session, Good)  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
+
+
+def river_of_args(river: River[Good]) -> None: ...  # type: ignore[type-var]  # pyright: ignore[reportInvalidTypeArguments]
 
 
 @workers.register(NoKind)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
