@@ -20,25 +20,34 @@ WASTEFUL_PER_ROW: Final = 0.0002
 """Seconds: a good scan takes 0.03 ms a row, on a crowded machine several times as long."""
 MARGIN: Final = 1.0
 """Seconds before a scan that no bound reaches into: transactions that were open then bring rows with such times."""
+LONGEST: Final = 1.0
+"""Seconds that a bound holds at most, however seldom a runner polls."""
 PRIORITIES: Final = (1, 2, 3, 4)
 START: Final = "-infinity"
 
 
 class Bound(NamedTuple):
-    """For each priority the ``scheduled_at`` to begin with, and until when (monotonic) that holds."""
+    """For each priority the ``scheduled_at`` to begin with, until when (monotonic) that holds, and how long the scan
+    from the start took.
+    """
 
     since: tuple[str, ...]
     until: float
+    cost: float
 
 
 class Bounds:
-    """The bounds of each queue. They hold for one poll after the scan from the start that gave them, so that a bound
-    can delay a job by one poll (a late commit, a retry by hand, another priority), and never lose it.
+    """The bounds of each queue. They hold for one poll, a second at most, after the scan from the start that gave them:
+    so a bound can delay a job by that (a late commit, a retry by hand, another priority), and never lose it.
+
+    On a crowded machine any scan may take long. So it takes two wasteful ones, one after the other, for a bound; and a
+    bound that does not make the scan cheaper is forgotten.
     """
 
     def __init__(self, poll: float) -> None:
-        self._poll = poll
+        self._lasts = min(poll, LONGEST)
         self._bounds: dict[str, Bound] = {}
+        self._suspected: set[str] = set()
 
     def of(self, queues: Iterable[str], now: float) -> dict[str, Bound]:
         """Those that hold now."""
@@ -47,12 +56,20 @@ class Bounds:
         found = ((queue, self._bounds.get(queue)) for queue in queues)
         return {queue: bound for queue, bound in found if bound is not None and now < bound.until}
 
+    def tried(self, bounds: Mapping[str, Bound], seconds: float) -> None:
+        """A fetch with *bounds* took so long."""
+        for queue, bound in bounds.items():
+            if seconds > bound.cost / 2:
+                self.forget(queue)
+
     def forget(self, queue: str | None) -> None:
         """Let the next scan of *queue*, of every queue where None, begin at the start."""
         if queue is None:
             self._bounds.clear()
+            self._suspected.clear()
         else:
             self._bounds.pop(queue, None)
+            self._suspected.discard(queue)
 
     def parameters(self, queues: Iterable[str], bounds: Mapping[str, Bound]) -> dict[str, list[str]]:
         """What FETCH_BOUNDED needs beside the queues."""
@@ -65,11 +82,14 @@ class Bounds:
         self, own: OwnConnection, asked: Mapping[str, int], rows: Sequence[JobRow], began: float, ended: float
     ) -> None:
         """Of a scan from the start, for up to *asked* rows of each queue, that took from *began* to *ended*: set bounds
-        if it was wasteful, forget them if not. One round trip if it was.
+        if it was wasteful, as the one before, forget them if not. One round trip if it was.
         """
         if ended - began < max(WASTEFUL, len(rows) * WASTEFUL_PER_ROW):
             for queue in asked:
-                self._bounds.pop(queue, None)
+                self.forget(queue)
+            return
+        if not self._suspected.issuperset(asked):
+            self._suspected.update(asked)
             return
         found = Counter(row.queue for row in rows)
         last = {
@@ -87,7 +107,7 @@ class Bounds:
                 if queue in last
                 else (moment,) * len(PRIORITIES)
             )
-            self._bounds[queue] = Bound(since, began + self._poll)
+            self._bounds[queue] = Bound(since, began + self._lasts, ended - began)
 
 
 def _since(priority: int, last: int, key: str, moment: str) -> str:

@@ -188,6 +188,7 @@ class Fetcher:
         if bounds:
             given |= self._bounds.parameters(asked, bounds)
             rows = self._execute_fetch(FETCH_BOUNDED_UNSUSPECTED if self.suspects else FETCH_BOUNDED, given)
+            self._bounds.tried(bounds, time.monotonic() - began)
         else:
             rows = self._execute_fetch(FETCH_UNSUSPECTED if self.suspects else FETCH_AVAILABLE, given)
             self._bounds.learn(self._own, asked, rows, began, time.monotonic())

@@ -202,22 +202,23 @@ def test_a_bounded_fetch_passes_by_what_is_paused_locked_unknown_or_not_due(engi
 
 
 class Machine:
-    """A local clock, and a fetcher on it, whose scans from the start all pass for wasteful."""
+    """A local clock, on which a scan from the start takes 20 ms, and a bounded one 1 ms; and a fetcher on it."""
 
     def __init__(self, own: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
         self.now = 1_000.0
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=float)
         for module in (fetcher, due):
             monkeypatch.setattr(module, "time", clock)
-        monkeypatch.setattr(bounds, "WASTEFUL", 0.0)
-        monkeypatch.setattr(bounds, "WASTEFUL_PER_ROW", 0.0)
+        self.cost = {"full": 0.020, "bounded": 0.001}
         self.sent: list[str] = []
         names = {id(FETCH_AVAILABLE): "full", id(FETCH_BOUNDED): "bounded"}
         execute = own.execute
 
         def note(statement: Any, *rest: Any) -> Any:
-            if id(statement) in names:
-                self.sent.append(names[id(statement)])
+            name = names.get(id(statement))
+            if name is not None:
+                self.sent.append(name)
+                self.now += self.cost[name]
             return execute(statement, *rest)
 
         setattr(own, "execute", note)  # noqa: B010
@@ -228,6 +229,12 @@ class Machine:
         until = self.now + seconds
         while self.now < until:
             self.now = min(until, self.now + max(self.fetcher.step(), 0.001))
+
+    def learn(self) -> None:
+        """Make two scans from the start, after which bounded ones follow."""
+        self.fetcher.heard("default")
+        self.run(0.1)
+        assert self.sent == ["full", "full"]
 
     @property
     def ids(self) -> list[int]:
@@ -250,8 +257,8 @@ def test_a_wasteful_scan_is_followed_by_bounded_ones_and_by_another_each_poll(
 def test_a_bound_is_forgotten_when_a_scan_was_not_wasteful(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(engine) as own:
         machine = Machine(own, monkeypatch)
-        machine.run(0.1)
-        monkeypatch.setattr(bounds, "WASTEFUL", 60.0)
+        machine.learn()
+        machine.cost["full"] = 0.001
         machine.run(1.2)
         machine.sent.clear()
         for _ in range(5):
@@ -261,6 +268,28 @@ def test_a_bound_is_forgotten_when_a_scan_was_not_wasteful(engine: Engine, monke
     assert set(machine.sent) == {"full"}
 
 
+def test_one_wasteful_scan_is_no_reason_for_a_bound(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(engine) as own:
+        machine = Machine(own, monkeypatch)
+        for cost in (0.020, 0.001) * 5:
+            machine.cost["full"] = cost
+            machine.run(1.2)
+
+    assert set(machine.sent) == {"full"}
+
+
+def test_a_bound_that_saves_nothing_is_forgotten(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a crowded machine every statement takes long."""
+    with opened(engine) as own:
+        machine = Machine(own, monkeypatch)
+        machine.cost["bounded"] = 0.020
+        machine.learn()
+        machine.fetcher.heard("default")
+        machine.run(0.1)
+
+    assert machine.sent == ["full", "full", "bounded", "full"]
+
+
 def test_under_load_a_queue_is_scanned_from_its_start_once_each_poll(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,7 +297,9 @@ def test_under_load_a_queue_is_scanned_from_its_start_once_each_poll(
     make_jobs(engine, 2_000, scheduled_at="2026-01-02 00:00Z")
     with opened(engine) as own:
         machine = Machine(own, monkeypatch, slots={"default": 2})
-        machine.run(0.01)
+        for _ in range(4):
+            machine.fetcher.freed("default")
+            machine.fetcher.step()
         before = make_job(engine, scheduled_at="2026-01-01 00:00Z")
         began = machine.now
         while before not in machine.ids:
@@ -339,7 +370,7 @@ def test_what_appears_before_the_bound_starts_within_one_poll(
     with opened(engine) as own:
         machine = Machine(own, monkeypatch)
         monkeypatch.setattr(bounds, "MARGIN", 0.0)
-        machine.run(0.1)
+        machine.learn()
         job_id = appear()
         machine.fetcher.heard("default")
         machine.run(0.1)
@@ -358,7 +389,7 @@ def test_a_job_of_a_transaction_that_took_a_while_is_found_at_once(
     commit = _committed_late(engine)
     with opened(engine) as own:
         machine = Machine(own, monkeypatch)
-        machine.run(0.1)
+        machine.learn()
         job_id = commit()
         machine.fetcher.heard("default")
         machine.run(0.1)
