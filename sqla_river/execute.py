@@ -4,14 +4,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
 from sqla_river.args import Codec
 from sqla_river.context import JobContext, cancel_context, cancel_reason, staged_metadata
-from sqla_river.hooks import ErrorHandler, WorkMiddleware
+from sqla_river.hooks import Around, ErrorHandler, WorkMiddleware
 from sqla_river.outcomes import LONGEST_DELAY, Cancel, Snooze
 from sqla_river.policy import RIVER_POLICY, Exponential, RiverPolicy
 from sqla_river.rows import JobRow, Result
@@ -54,6 +55,7 @@ class Executor:
         scope: for transactional workers.
         progressed: told of each progress.
         middleware: around every call, the first outermost.
+        around: entered before all else of an attempt, its session too, and left when it is settled.
         on_error: asked after each failure; it may answer Cancel.
     """
 
@@ -68,6 +70,7 @@ class Executor:
         scope: Scope,
         progressed: Callable[[JobContext[Any]], object] | None = None,
         middleware: Sequence[WorkMiddleware] = (),
+        around: Around | None = None,
         on_error: ErrorHandler | None = None,
     ) -> None:
         self._workers = workers
@@ -78,6 +81,7 @@ class Executor:
         self._scope = scope
         self._progressed = progressed
         self._middleware = tuple(middleware)
+        self._around: Around = nullcontext if around is None else lambda: _Surroundings(around())
         self._on_error = on_error
         self._interrupted = False
         self._cancelled: set[int] = set()
@@ -106,17 +110,18 @@ class Executor:
         """One attempt at *row*, in this thread. Never raises."""
         attempt = _Attempt(row)
         try:
-            worker = self._begin(attempt)
-            if attempt.transition is None:
-                if worker.transactional:
-                    with self._scope.open(row) as unit:
+            with self._around():
+                worker = self._begin(attempt)
+                if attempt.transition is None:
+                    if worker.transactional:
+                        with self._scope.open(row) as unit:
+                            self._start(worker, attempt)
+                            transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
+                            attempt.transition = transition
+                            attempt.settled = unit.settle(unit.session, transition)
+                    else:
                         self._start(worker, attempt)
-                        transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
-                        attempt.transition = transition
-                        attempt.settled = unit.settle(unit.session, transition)
-                else:
-                    self._start(worker, attempt)
-                    attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
+                        attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
         except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
             if isinstance(error, self._scope.unknown):
                 attempt.settled = self._scope.resolve(row)
@@ -127,15 +132,16 @@ class Executor:
         """One attempt at *row*, on the running event loop. Never raises."""
         attempt = _Attempt(row)
         try:
-            worker = self._begin(attempt)
-            if attempt.transition is None:
-                if worker.transactional:
-                    async with self._scope.open_async(row) as unit:
-                        transition = self._wished(attempt, await self._call(worker, attempt, unit.session))
-                        attempt.transition = transition
-                        attempt.settled = await unit.session.run_sync(unit.settle, transition)
-                else:
-                    attempt.transition = self._wished(attempt, await self._call(worker, attempt))
+            with self._around():
+                worker = self._begin(attempt)
+                if attempt.transition is None:
+                    if worker.transactional:
+                        async with self._scope.open_async(row) as unit:
+                            transition = self._wished(attempt, await self._call(worker, attempt, unit.session))
+                            attempt.transition = transition
+                            attempt.settled = await unit.session.run_sync(unit.settle, transition)
+                    else:
+                        attempt.transition = self._wished(attempt, await self._call(worker, attempt))
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
                 attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
@@ -344,6 +350,23 @@ class _Attempt:
     @job.setter
     def job(self, job: JobContext[Any]) -> None:
         self.job_or_none = job
+
+
+class _Surroundings:
+    """A context manager that swallows no error, whatever the one inside it would: an attempt that failed has failed."""
+
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: AbstractContextManager[object]) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inner.__exit__(kind, error, trace)
 
 
 class _Exit(NamedTuple):

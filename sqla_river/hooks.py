@@ -4,7 +4,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any, Final, Literal, Protocol, Self
 
@@ -50,6 +50,11 @@ class WorkMiddleware(Protocol):
     def work(self, job: JobContext[Any], call_next: Callable[[JobContext[Any]], Any], /) -> Any: ...
 
 
+Around = Callable[[], AbstractContextManager[object]]
+"""Makes what an attempt runs inside of, where `WorkMiddleware` is not far enough out: entered before the Session of a
+transactional job is made, left when its outcome is committed. Flask's ``app.app_context`` is one. It may raise, and the
+attempt has failed; it cannot make a failure undone.
+"""
 ErrorHandler = Callable[[JobContext[Any], BaseException], Cancel | None]
 """Called after each failed attempt; the answer Cancel ends the job."""
 

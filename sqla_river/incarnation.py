@@ -30,7 +30,7 @@ from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.held import Held
-from sqla_river.hooks import ErrorHandler, Event, Events, WorkMiddleware
+from sqla_river.hooks import Around, ErrorHandler, Event, Events, WorkMiddleware
 from sqla_river.listen import Listener
 from sqla_river.live import Queues
 from sqla_river.loop import Loop
@@ -87,6 +87,7 @@ class Orders:
     reindex: bool
     listen_engine: Engine | None
     middleware: Sequence[WorkMiddleware]
+    around: Around | None
     on_error: ErrorHandler | None
     events: Events
 
@@ -127,6 +128,7 @@ class Incarnation:
             ),
             progressed=lambda job: self.completer.progressed(job),
             middleware=orders.middleware,
+            around=orders.around,
             on_error=orders.on_error,
         )
         self.completer: Completer = Completer(

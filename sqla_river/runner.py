@@ -8,13 +8,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
 from sqlalchemy import Engine, QueuePool
 
 from sqla_river import store
 from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
-from sqla_river.hooks import EVENT_KINDS, ErrorHandler, EventKind, Events, Subscription, WorkMiddleware
+from sqla_river.hooks import EVENT_KINDS, Around, ErrorHandler, EventKind, Events, Subscription, WorkMiddleware
 from sqla_river.incarnation import Incarnation, Orders
 from sqla_river.live import Queues
 from sqla_river.models import Job
@@ -27,6 +27,27 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 log: Final = logging.getLogger(__name__)
+
+
+class RunnerWords(TypedDict, total=False):
+    """The keywords of `Runner`, for what makes one."""
+
+    queues: Mapping[str, int]
+    river: River[Any] | None
+    sessions: Any
+    async_engine: "AsyncEngine | None"
+    timeout: timedelta | None
+    retry: Retry | None
+    poll: timedelta
+    heartbeat: timedelta
+    lease: timedelta
+    stop_timeout: timedelta
+    retention: Retention
+    reindex: bool
+    listen: bool | Engine
+    middleware: Sequence[WorkMiddleware]
+    around: Around | None
+    on_error: ErrorHandler | None
 
 
 class Runner:
@@ -56,6 +77,8 @@ class Runner:
         reindex: rebuild our indexes of ``river_job`` once a day, concurrently; autovacuum alone does in most cases.
         listen: whether to LISTEN; or the engine to do it on, where *engine* goes through a transaction pooler.
         middleware: around every handler, the first outermost; see `WorkMiddleware`.
+        around: makes the context manager that each attempt runs inside of, its Session included, such as Flask's
+            ``app.app_context``.
         on_error: called with the job and the exception after each failed attempt; it may answer Cancel.
 
     Raises:
@@ -83,6 +106,7 @@ class Runner:
         reindex: bool = False,
         listen: bool | Engine = True,
         middleware: Sequence[WorkMiddleware] = (),
+        around: Around | None = None,
         on_error: ErrorHandler | None = None,
     ) -> None:
         store.check_postgresql(engine.dialect.name, engine.dialect.driver)
@@ -113,6 +137,7 @@ class Runner:
             reindex,
             (engine if listen else None) if isinstance(listen, bool) else listen,
             tuple(middleware),
+            around,
             on_error,
             Events(),
         )

@@ -4,12 +4,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from sqla_river import Cancel, JobContext, JobMixin, River, Snooze, Workers, cancel, enqueue
@@ -161,6 +163,77 @@ def test_middleware_stands_around_transactional_handlers(engine: Engine) -> None
 
     assert (row["state"], runs) == ("completed", [7])
     assert said == ["a in 0", ("a out", None)]
+
+
+# ---- around the whole attempt
+
+
+@pytest.mark.parametrize("colour", ["plain", "async"])
+def test_what_is_around_an_attempt_outlasts_the_commit_of_a_transactional_one(
+    engine: Engine, url: str, colour: str
+) -> None:
+    said: list[Any] = []
+    async_engine = create_async_engine(url)
+
+    @contextmanager
+    def around() -> Generator[None]:
+        said.append("in")
+        yield
+        said.append(("out", count_states(engine)))
+
+    def plain(_: JobContext[Any], session: Session) -> None:
+        said.append("handler")
+
+    async def awaited(_: JobContext[Any], session: AsyncSession) -> None:
+        said.append("handler")
+
+    workers = handling(plain if colour == "plain" else awaited, transactional=True)
+    outcome(engine, workers, around=around, async_engine=async_engine)
+
+    assert said == ["in", "handler", ("out", {"completed": 1})]
+
+
+@pytest.mark.parametrize("colour", ["plain", "async"])
+def test_what_is_around_an_attempt_sees_its_error_and_cannot_swallow_it(engine: Engine, colour: str) -> None:
+    def plain(_: JobContext[Any]) -> None:
+        raise ValueError("broken")
+
+    async def awaited(job: JobContext[Any]) -> None:
+        plain(job)
+
+    seen: list[BaseException] = []
+
+    @contextmanager
+    def swallowing() -> Generator[None]:
+        try:
+            yield
+        except ValueError as error:
+            seen.append(error)
+
+    row = outcome(engine, plain if colour == "plain" else awaited, around=swallowing)
+
+    assert [str(error) for error in seen] == ["broken"]
+    assert (row["state"], errors(row)) == ("retryable", ["ValueError: broken"])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_error_in_what_is_around_fails_the_attempt_and_harms_nobody_else(engine: Engine, when: str) -> None:
+    entered: list[None] = []
+
+    @contextmanager
+    def around() -> Generator[None]:
+        entered.append(None)
+        if len(entered) == 1 and when == "before":
+            raise ValueError("no app")
+        yield
+        if len(entered) == 1:
+            raise ValueError("no app")
+
+    first, second = put(engine, 1, 2)
+    with working(engine, nothing, slots=1, around=around):
+        eventually(lambda: count_states(engine) == {"retryable": 1, "completed": 1})
+
+    assert [errors(read_job(engine, job_id)) for job_id in (first, second)] == [["ValueError: no app"], []]
 
 
 # ---- the error handler

@@ -1,0 +1,108 @@
+"""``flask river``: the commands of an operator, on the app's own database."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from flask import current_app
+from flask.cli import AppGroup
+from sqlalchemy.exc import DBAPIError
+
+from sqla_river import ddl
+from sqla_river import schema as schemas
+from sqla_river.check import check_schema
+from sqla_river.errors import RiverError
+from sqla_river.models import declared_schema
+from sqla_river.stats import count_states
+
+if TYPE_CHECKING:
+    from sqla_river.ext.flask.extension import FlaskRiver
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+commands = AppGroup("river", help="Background jobs: work them, look at them, and what they need.")
+
+
+def _river() -> "FlaskRiver[Any]":
+    extension: FlaskRiver[Any] = current_app.extensions["sqla_river"]
+    return extension
+
+
+def _schema() -> str | None:
+    return declared_schema(_river().river.job_class)
+
+
+@contextlib.contextmanager
+def _told() -> Generator[None]:
+    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1."""
+    try:
+        yield
+    except RiverError as error:
+        raise click.ClickException(str(error)) from error
+    except DBAPIError as error:
+        raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
+
+
+@commands.command()
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS, case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What is logged, unless the app has set up its logging.",
+)
+def work(log_level: str) -> None:
+    """Work jobs until SIGTERM or Ctrl-C.
+
+    At the first signal the runner fetches no more and lets running jobs finish, for as long as SQLA_RIVER_STOP_TIMEOUT
+    says; a second one interrupts them, a third leaves them behind.
+    """
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    with _told():
+        _river().runner().run()
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object of queues, each an object of states.")
+def stats(as_json: bool) -> None:
+    """Show how many jobs of each queue are in each state."""
+    with _told(), _river().engine.connect() as connection:
+        counts = count_states(connection, _schema())
+    if as_json:
+        queues: dict[str, dict[str, int]] = {}
+        for count in counts:
+            queues.setdefault(count.queue, {})[count.state] = count.jobs
+        click.echo(json.dumps(queues))
+        return
+    width = max((len(count.queue) for count in counts), default=0)
+    for count in counts:
+        click.echo(f"{count.queue:<{width}}  {count.state:<9}  {count.jobs:>11,}")
+    if not counts:
+        click.echo("no jobs")
+
+
+@commands.command("check-db")
+def check_db() -> None:
+    """Say whether the tables are there, and as this library needs them; exit code 1 if a runner would not start."""
+    with _told(), _river().engine.connect() as connection:
+        problems = check_schema(connection, _schema())
+    for problem in problems:
+        click.echo(f"{'problem' if problem.fatal else 'warning'}: {problem}")
+    if any(problem.fatal for problem in problems):
+        raise SystemExit(1)
+    if not problems:
+        click.echo(f"the tables are as sqla_river needs them, version {ddl.LATEST}")
+
+
+@commands.command()
+def migrate() -> None:
+    """Create the tables, or bring them to the version of this library.
+
+    Safe to run again, from many places at once, and while runners work. Those who use Flask-Migrate do not need it.
+    """
+    with _told():
+        done = schemas.migrate(_river().engine, _schema())
+    click.echo(f"schema '{done.schema}': version {done.version}, in {len(done.statements)} statements")
