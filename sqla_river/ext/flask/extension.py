@@ -136,7 +136,8 @@ class FlaskRiver(Generic[J]):
     def enqueue(self, args: JobArgs, **options: Unpack[OptionWords]) -> J:
         """`River.enqueue` in the session of the request: the job commits or vanishes with it."""
         app = self._app()
-        return self._river(app).enqueue(self._scoped(app), args, **options)
+        river: River[J] = self._river(app)
+        return river.enqueue(self._scoped(app), args, **options)
 
     def enqueue_many(self, items: Items, *, returning: bool = False) -> Inserted:
         """`River.enqueue_many` in the session of the request."""
@@ -160,12 +161,13 @@ class FlaskRiver(Generic[J]):
         with app.app_context(), self._scoped(app).session_factory() as session:
             job_class = self._river(app).job_class
             try:
-                return session.get_bind(mapper=inspect(job_class)).engine
+                engine: Engine = session.get_bind(mapper=inspect(job_class)).engine
             except UnboundExecutionError as error:
                 raise ConfigError(
                     f"the session of {app.name!r} leads to no database for {job_class.__name__} ({error}); "
                     "bind it to an engine"
                 ) from error
+        return engine
 
     def runner(self, app: Flask | None = None, **overrides: Unpack[RunnerWords]) -> Runner:
         """A `Runner` of the app, for scripts and tests: ``with river.runner(): ...``.

@@ -1,7 +1,6 @@
 """A runner inside the development server, and only there where requests are served."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -34,8 +33,8 @@ class InProcess:
         self._make = make
         self._next: Callable[..., Iterable[bytes]] = app.wsgi_app
         self._lock = threading.Lock()
-        self._pid: int | None = None
-        """The process that the runner works in; a fork of it has none."""
+        self._begun = False
+        self.runner: Runner | None = None
 
     def attach(self) -> None:
         """Watch for the first request, and for the end of loading under ``flask run``."""
@@ -45,7 +44,7 @@ class InProcess:
             threading.Thread(target=self._when_loaded, args=(info,), name="sqla_river-starter", daemon=True).start()
 
     def _serve(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        if self._pid != os.getpid():
+        if not self._begun:
             self._begin()
         return self._next(environ, start_response)
 
@@ -57,16 +56,18 @@ class InProcess:
 
     def _begin(self) -> None:
         with self._lock:
-            if self._pid == os.getpid() or self._app.testing:
+            if self._begun or self._app.testing:
                 return
-            self._pid = os.getpid()
+            self._begun = True
         threading.Thread(target=self._start, name="sqla_river-starter", daemon=True).start()
 
     def _start(self) -> None:
         try:
-            self._make(self._app).start()
+            runner = self._make(self._app)
+            runner.start()
+            self.runner = runner
         except Exception as error:  # noqa: BLE001 - the server goes on without it
-            self._pid = None
+            self._begun = False
             log.error("the runner in this process does not start: %s", error)  # noqa: TRY400
 
 
