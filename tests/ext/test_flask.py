@@ -191,8 +191,12 @@ def test_events_of_the_commit_run_inside_the_app_context(shop: Shop, engine: Eng
     from sqlalchemy import event
 
     river = FlaskRiver(shop.app, workers=shop.workers)
+
+    def note_app(_: Session) -> None:
+        shop.seen.append(current_app.name)
+
     with shop.app.app_context():
-        event.listen(shop.db.session, "before_commit", lambda _: shop.seen.append(current_app.name))
+        event.listen(shop.db.session, "before_commit", note_app)
 
     @shop.workers.register(Write, transactional=True)
     def write(job: JobContext[Write], session: Session) -> None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, assert_type
 import attrs
 import msgspec
 import pydantic
+from flask import Flask
 from sqlalchemy import Connection, Engine, MetaData, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session, scoped_session
@@ -34,6 +35,7 @@ from sqla_river import (
     update_queue,
 )
 from sqla_river import asyncio as awaited
+from sqla_river.ext.flask import FlaskRiver
 from sqla_river.insert import Inserted
 from sqla_river.models import RiverBase
 from sqla_river.testing import Worked, assert_enqueued, drain, refute_enqueued, rolled_back, work_one
@@ -138,6 +140,15 @@ async def async_verbs(
     assert_type(await awaited.enqueue(session, Attrs(1), priority=2), Job)
     assert_type(await awaited.enqueue(scoped, Attrs(1)), Job)
     assert_type(await awaited.enqueue_many(connection, [Attrs(1)], returning=True), Inserted)
+
+
+def in_flask(app: Flask) -> None:
+    river = FlaskRiver(app, workers=workers, queues={"default": 1}, in_process=True)
+    assert_type(river, FlaskRiver[Job])
+    assert_type(river.enqueue(Attrs(1), priority=1), Job)
+    assert_type(river.enqueue_many([Attrs(1), (Data(2), InsertOptions(priority=1))], returning=True), Inserted)
+    assert_type(FlaskRiver(river=River(job_class=Mine)).enqueue(Data(1)), Mine)
+    assert_type(river.runner(queues={"q": 1}, lease=timedelta(minutes=1), around=app.app_context), Runner)
 
 
 workers = Workers()

@@ -21,6 +21,7 @@ from sqla_river import (
     enqueue_many,
 )
 from sqla_river import asyncio as awaited
+from sqla_river.ext.flask import FlaskRiver
 from sqla_river.testing import assert_enqueued, drain, refute_enqueued, work_one
 from sqla_river.testing import asyncio as awaited_testing
 
@@ -120,6 +121,14 @@ async def sessions(session: AsyncSession, plain: Session, engine: Engine) -> Non
     awaited.enqueue(session, Good(1))  # type: ignore[unused-coroutine]  # pyright: ignore[reportUnusedCoroutine]
     await awaited.enqueue(session, Good(1), prioritty=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     create_all(plain)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def in_flask(river: FlaskRiver[Job]) -> None:
+    river.enqueue(NoKind(1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    river.enqueue(Good(1), prioritty=1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    river.enqueue_many([NoKind(1)])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
+    river.runner(lease=30)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    river.runner(leese=timedelta(1))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 
 
 workers = Workers()

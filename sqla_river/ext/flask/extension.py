@@ -130,7 +130,7 @@ class FlaskRiver(Generic[J]):
         self._rivers[app] = self._given
         app.extensions["sqla_river"] = self
         app.cli.add_command(commands)
-        if app.config.get(IN_PROCESS, self._in_process):
+        if _config(app).get(IN_PROCESS, self._in_process):
             InProcess(app, self.runner).attach()
 
     def enqueue(self, args: JobArgs, **options: Unpack[OptionWords]) -> J:
@@ -183,10 +183,11 @@ class FlaskRiver(Generic[J]):
             with app.app_context():
                 return self.runner(**overrides)
         app = self._app()
+        config = _config(app)
         said: Any = {**DEFAULTS}
         if self._queues is not None:
             said["queues"] = self._queues
-        said |= {name: app.config[key] for key, name in OF_RUNNER.items() if key in app.config}
+        said |= {name: config[key] for key, name in OF_RUNNER.items() if key in config}
         scoped = self._scoped(app)
         said |= {"river": self._river(app), "sessions": scoped, "around": _surroundings(app, scoped), **overrides}
         if said.get("on_error") is not None:
@@ -222,22 +223,27 @@ class FlaskRiver(Generic[J]):
         """The River of *app*. Without one given it is made when first asked for, when all models are there."""
         river = self._rivers[app]
         if river is None:
-            schema: str | None = app.config.get(SCHEMA)
+            schema: str | None = _config(app).get(SCHEMA)
             job_class = _found(app.extensions.get("sqlalchemy")) or (Job if schema is None else _job_in(schema))
             if schema not in {None, declared_schema(job_class)}:
                 raise _schema_error(job_class, schema)
-            notify: NotifyMode | None = app.config.get(NOTIFY)
+            notify: NotifyMode | None = _config(app).get(NOTIFY)
             river = River.of(job_class) if notify is None else River(job_class=job_class, notify=notify)
             self._rivers[app] = river
         return river
 
 
+def _config(app: Flask) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", app.config)
+
+
 def _check_config(app: Flask, river: River[Any] | None) -> None:
     known = {*OF_RUNNER, NOTIFY, SCHEMA, IN_PROCESS}
-    unknown = sorted(key for key in app.config if key.startswith(PREFIX) and key not in known | OF_COMMAND_LINE)
+    config = _config(app)
+    unknown = sorted(key for key in config if key.startswith(PREFIX) and key not in known | OF_COMMAND_LINE)
     if unknown:
         raise ConfigError(f"no such settings: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    schema, notify = check_schema(app.config.get(SCHEMA)), app.config.get(NOTIFY)
+    schema, notify = check_schema(config.get(SCHEMA)), config.get(NOTIFY)
     if notify not in {None, *NOTIFY_MODES}:
         raise ConfigError(f"{NOTIFY} must be one of {', '.join(NOTIFY_MODES)}, got {notify!r}")
     if river is not None:
