@@ -1,1 +1,1 @@
-"""At home in frameworks: a module for each, which needs the extra of its name."""
+"""At home in frameworks: one module each, and each an extra of its own."""

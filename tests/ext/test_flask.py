@@ -11,6 +11,7 @@ import pytest
 from flask import Flask, current_app, has_app_context
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import Engine, create_engine, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from sqla_river import InsertOptions, Job, JobContext, JobMixin, River, Runner, Workers, create_all
@@ -230,6 +231,21 @@ def test_async_handlers_have_an_app_context_too(shop: Shop, engine: Engine) -> N
     assert len({id(each) for _, each in shop.seen}) == 2
 
 
+def test_an_async_transactional_handler_gets_the_session_of_its_job(shop: Shop, engine: Engine, url: str) -> None:
+    shop.app.config["SQLA_RIVER_ASYNC_ENGINE"] = create_async_engine(url)
+    river = FlaskRiver(shop.app, workers=shop.workers)
+
+    @shop.workers.register(Write, transactional=True)
+    async def write(job: JobContext[Write], session: AsyncSession) -> None:
+        session.add(shop.note(words=f"{job.args.words} in {current_app.name}"))
+
+    put(river, shop, Write("a"))
+    with river.runner():
+        eventually(all_are(engine, "completed", 1))
+
+    assert notes(engine) == ["a in shop"]
+
+
 def test_the_error_handler_is_asked_inside_the_app_context(shop: Shop, engine: Engine) -> None:
     river = FlaskRiver(shop.app, workers=shop.workers)
 
@@ -307,9 +323,7 @@ def other_url(server: str, template: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
 def test_a_job_on_db_model_follows_its_bind(shop: Shop, engine: Engine, other_url: str, given: bool) -> None:
-    two = Shop(
-        engine.url.render_as_string(hide_password=False), SQLALCHEMY_BINDS={"jobs": other_url}, SQLA_RIVER_POLL=POLL
-    )
+    two = Shop(engine.url.render_as_string(hide_password=False), SQLALCHEMY_BINDS={"jobs": other_url})
 
     class MyJob(JobMixin, two.db.Model):  # type: ignore[name-defined,misc]
         __bind_key__ = "jobs"
@@ -329,7 +343,26 @@ def test_a_job_on_db_model_follows_its_bind(shop: Shop, engine: Engine, other_ur
     two.close()
 
 
-POLL: Final = timedelta(milliseconds=50)
+def test_notify_is_a_setting_of_the_job_class(shop: Shop) -> None:
+    class MyJob(JobMixin, shop.db.Model):  # type: ignore[name-defined,misc]
+        pass
+
+    shop.app.config["SQLA_RIVER_NOTIFY"] = "after_commit"
+
+    assert FlaskRiver(shop.app).river.settings.notify == "after_commit"
+    assert MyJob.__river__.notify == "after_commit"
+
+
+def test_two_job_classes_on_db_model_need_a_word_which(shop: Shop) -> None:
+    class FirstJob(JobMixin, shop.db.Model):  # type: ignore[name-defined,misc]
+        pass
+
+    class SecondJob(JobMixin, shop.db.Model):  # type: ignore[name-defined,misc]
+        __bind_key__ = "jobs"
+
+    assert FirstJob is not SecondJob
+    with pytest.raises(ConfigError, match=r"more than one Job class \(FirstJob, SecondJob\).*river=River"):
+        FlaskRiver(shop.app).enqueue(Count(1))
 
 
 def test_the_tables_may_have_a_schema_of_their_own(engine: Engine, url: str) -> None:

@@ -86,12 +86,34 @@ def test_errors_are_told_in_a_line(app: Flask, monkeypatch: pytest.MonkeyPatch) 
     assert ended.output == "Error: queues is empty: a Runner needs at least one, as in queues={'default': 10}\n"
 
 
+@pytest.mark.parametrize("said", ["default", "default=many", "default=1,"])
+def test_queues_are_named_with_their_slots(app: Flask, said: str) -> None:
+    ended = river(app, "work", "--queues", said)
+
+    assert (ended.exit_code, "as in default=10,emails=50" in ended.output) == (2, True)
+
+
 def test_work_works_until_sigterm_and_leaves_nothing(engine: Engine, url: str) -> None:
     job_id = make_job(engine, args={"number": 1})
     process = subprocess.Popen(
-        [sys.executable, "-m", "flask", "--app", "tests.ext.flask_app", "river", "work"],
+        [
+            sys.executable,
+            "-m",
+            "flask",
+            "--app",
+            "tests.ext.flask_app",
+            "river",
+            "work",
+            "--queues",
+            "default=2,other=1",
+        ],
         cwd=ROOT,
-        env={**os.environ, "FLASK_SQLALCHEMY_DATABASE_URI": url, "FLASK_SQLA_RIVER_QUEUES": '{"default": 2}'},
+        env={
+            **os.environ,
+            "FLASK_APP": "tests.ext.flask_app",
+            "FLASK_SQLALCHEMY_DATABASE_URI": url,
+            "FLASK_SQLA_RIVER_QUEUES": '{"none": 1}',
+        },
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -103,7 +125,7 @@ def test_work_works_until_sigterm_and_leaves_nothing(engine: Engine, url: str) -
         process.kill()
 
     assert process.returncode == 0
-    assert "works queues default=2" in said
+    assert "works queues default=2, other=1" in said
     assert (row["state"], row["metadata"]["output"]) == ("completed", {"pid": process.pid, "app": "counting"})
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM river_runner")).scalar() == 0

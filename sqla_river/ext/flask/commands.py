@@ -21,6 +21,8 @@ from sqla_river.stats import count_states
 if TYPE_CHECKING:
     from sqla_river.ext.flask.extension import FlaskRiver
 
+log: Final = logging.getLogger(__name__)
+
 LEVELS: Final = ("debug", "info", "warning", "error")
 
 commands = AppGroup("river", help="Background jobs: work them, look at them, and what they need.")
@@ -46,7 +48,19 @@ def _told() -> Generator[None]:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
 
 
+def _slots(_ctx: click.Context, _option: click.Parameter, value: str | None) -> dict[str, int] | None:
+    """``default=10,emails=50``."""
+    try:
+        pairs = [each.partition("=") for each in value.split(",")] if value is not None else []
+        return {name.strip(): int(slots) for name, _, slots in pairs} or None
+    except ValueError:
+        raise click.BadParameter(f"write NAME=SLOTS,..., as in default=10,emails=50, got '{value}'") from None
+
+
 @commands.command()
+@click.option(
+    "--queues", metavar="NAME=SLOTS,...", callback=_slots, help="Which queues to work, in place of SQLA_RIVER_QUEUES."
+)
 @click.option(
     "--log-level",
     type=click.Choice(LEVELS, case_sensitive=False),
@@ -54,15 +68,18 @@ def _told() -> Generator[None]:
     show_default=True,
     help="What is logged, unless the app has set up its logging.",
 )
-def work(log_level: str) -> None:
+def work(queues: dict[str, int] | None, log_level: str) -> None:
     """Work jobs until SIGTERM or Ctrl-C.
 
     At the first signal the runner fetches no more and lets running jobs finish, for as long as SQLA_RIVER_STOP_TIMEOUT
     says; a second one interrupts them, a third leaves them behind.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    river = _river()
+    if not river.workers.kinds:
+        log.warning("no handler is registered: import the modules of your jobs where the app is made")
     with _told():
-        _river().runner().run()
+        (river.runner() if queues is None else river.runner(queues=queues)).run()
 
 
 @commands.command()
