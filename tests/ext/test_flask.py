@@ -424,6 +424,21 @@ def test_a_setting_that_cannot_be_is_refused_at_init_app(settings: dict[str, Any
         FlaskRiver(app)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"SQLA_RIVER_LEASE": 60}, "SQLA_RIVER_LEASE must be a timedelta, got 60"),
+        ({"SQLA_RIVER_QUEUES": "default=1"}, "SQLA_RIVER_QUEUES must be slots by queue.*got 'default=1'"),
+        ({"SQLA_RIVER_QUEUES": {"default": "1"}}, "queue 'default' must have 1..10000 slots, got '1'"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused_by_name(shop: Shop, settings: dict[str, Any], message: str) -> None:
+    shop.app.config |= settings
+
+    with pytest.raises(ConfigError, match=message):
+        FlaskRiver(shop.app).runner()
+
+
 class InSchema(JobMixin, RiverBase):
     __river_schema__ = "here"
 

@@ -98,7 +98,7 @@ class Reader:
         eventually(clicked, PATIENCE)
 
 
-def test_a_customer_orders_pays_and_sees_the_jobs_happen(page: str, browser: Chrome, empty_url: str) -> None:
+def test_a_customer_orders_pays_and_sees_the_jobs_happen(browser: Chrome, page: str, empty_url: str) -> None:
     reader = Reader(browser, page)
     reader.wait("#shelf", "100 teapots on the shelf, 0 set aside", "Ada has 0 points")
 

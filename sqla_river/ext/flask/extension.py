@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, Final, Generic, TypeVar, Unpack, cast, overload
 from weakref import WeakKeyDictionary
@@ -32,6 +33,8 @@ OURS: Final = frozenset({"river", "sessions", "around"})
 """Keywords of `Runner` that the extension gives itself."""
 OF_RUNNER: Final = {f"{PREFIX}{name.upper()}": name for name in RunnerWords.__annotations__ if name not in OURS}
 NOTIFY, SCHEMA, IN_PROCESS = f"{PREFIX}NOTIFY", f"{PREFIX}SCHEMA", f"{PREFIX}IN_PROCESS"
+QUEUES: Final = f"{PREFIX}QUEUES"
+DURATIONS: Final = frozenset(f"{PREFIX}{name}" for name in ("TIMEOUT", "POLL", "HEARTBEAT", "LEASE", "STOP_TIMEOUT"))
 OF_COMMAND_LINE: Final = frozenset(f"{PREFIX}{name}" for name in ("APP", "DATABASE_URL", "LOG_LEVEL"))
 """Settings of the command ``sqla-river``; who takes the whole environment into ``app.config`` has them there too."""
 
@@ -50,8 +53,8 @@ class FlaskRiver(Generic[J]):
     ``SQLA_RIVER_QUEUES``       slots of one runner by queue; ``{"default": 10}``
     ``SQLA_RIVER_NOTIFY``       how runners hear of a job: ``"transaction"``, ``"after_commit"`` or ``"off"``; see
                                 `River`
-    ``SQLA_RIVER_SCHEMA``       where the tables are, for who has no Job class of his own (which says
-                                ``__river_schema__``); the first schema of the search_path
+    ``SQLA_RIVER_SCHEMA``       where the tables are, unless a Job class of your own says ``__river_schema__``; the
+                                first schema of the search_path
     ``SQLA_RIVER_IN_PROCESS``   work the jobs inside the web server too, for development; False
     ``SQLA_RIVER_TIMEOUT``      of workers that have none of their own: timedelta; None
     ``SQLA_RIVER_RETRY``        of workers that have no policy of their own: `Exponential` or the like; River's
@@ -187,7 +190,7 @@ class FlaskRiver(Generic[J]):
         said: Any = {**DEFAULTS}
         if self._queues is not None:
             said["queues"] = self._queues
-        said |= {name: config[key] for key, name in OF_RUNNER.items() if key in config}
+        said |= {name: _checked(key, config[key]) for key, name in OF_RUNNER.items() if key in config}
         scoped = self._scoped(app)
         said |= {"river": self._river(app), "sessions": scoped, "around": _surroundings(app, scoped), **overrides}
         if said.get("on_error") is not None:
@@ -254,6 +257,16 @@ def _check_config(app: Flask, river: River[Any] | None) -> None:
             )
         if schema not in {None, declared_schema(river.job_class)}:
             raise _schema_error(river.job_class, schema)
+
+
+def _checked(key: str, value: Any) -> Any:
+    """*value*, if it is of a type that the Runner can judge: from the environment come strings and bare numbers."""
+    given: object = value
+    if key in DURATIONS and not isinstance(given, timedelta | None):
+        raise ConfigError(f"{key} must be a timedelta, got {value!r}")
+    if key == QUEUES and not isinstance(given, Mapping):
+        raise ConfigError(f"{key} must be slots by queue, as in {{'default': 10}}, got {value!r}")
+    return value
 
 
 def _schema_error(job_class: type[JobMixin], schema: str | None) -> ConfigError:
