@@ -305,6 +305,13 @@ def test_an_app_without_any_session_is_told_what_to_give() -> None:
         river.enqueue(Count(1))
 
 
+def test_a_session_that_is_not_scoped_is_refused() -> None:
+    maker: Any = sessionmaker()
+
+    with pytest.raises(ConfigError, match=r"session= takes a scoped_session, got sessionmaker; write scoped_session"):
+        FlaskRiver(session=maker)
+
+
 def test_a_session_that_leads_nowhere_is_told() -> None:
     app = Flask("bare")
     river = FlaskRiver(app, session=scoped_session(sessionmaker()))

@@ -118,6 +118,12 @@ class FlaskRiver(Generic[J]):
         session: "scoped_session[Any] | None" = None,
         in_process: bool = False,
     ) -> None:
+        given: object = session
+        if not isinstance(given, scoped_session | None):
+            raise ConfigError(
+                f"session= takes a scoped_session, got {type(given).__name__}; "
+                "write scoped_session(sessionmaker(engine))"
+            )
         self.workers = Workers() if workers is None else workers
         self._given = river
         self._queues = queues
