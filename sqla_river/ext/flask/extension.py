@@ -115,7 +115,7 @@ class FlaskRiver(Generic[J]):
         river: River[Any] | None = None,
         workers: Workers | None = None,
         queues: Mapping[str, int] | None = None,
-        session: "scoped_session[Any] | None" = None,
+        session: Any = None,
         in_process: bool = False,
     ) -> None:
         given: object = session
@@ -127,7 +127,7 @@ class FlaskRiver(Generic[J]):
         self.workers = Workers() if workers is None else workers
         self._given = river
         self._queues = queues
-        self._session = session
+        self._session: scoped_session[Any] | None = session
         self._in_process = in_process
         self._rivers: WeakKeyDictionary[Flask, River[Any] | None] = WeakKeyDictionary()
         if app is not None:
