@@ -13,9 +13,10 @@ from click.testing import Result
 from flask import Flask
 from sqlalchemy import Engine, text
 
+from sqla_river import River
 from tests.database import emptied, shared_database
 from tests.ext.flask_app import create_app
-from tests.making import make_job, make_jobs
+from tests.making import count_states, make_job, make_jobs
 from tests.working import settled
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def river(app: Flask, *words: str) -> Result:
 def test_the_commands_are_listed(app: Flask) -> None:
     said = river(app, "--help").output
 
-    for command in ("check-db", "migrate", "stats", "work"):
+    for command in ("check-db", "migrate", "pause", "resume", "retry", "stats", "work"):
         assert f"\n  {command} " in said
 
 
@@ -62,6 +63,40 @@ def test_stats_counts_jobs_by_queue_and_state(app: Flask, engine: Engine) -> Non
 
     assert river(app, "stats").output.split() == ["default", "available", "3", "emails", "completed", "1"]
     assert json.loads(river(app, "stats", "--json").output) == {"default": {"available": 3}, "emails": {"completed": 1}}
+
+
+def paused(engine: Engine) -> list[str]:
+    with engine.connect() as connection:
+        found = connection.execute(text("SELECT name FROM river_queue WHERE paused_at IS NOT NULL ORDER BY name"))
+        return list(found.scalars())
+
+
+@pytest.mark.skipif(not hasattr(River, "pause"), reason="River has no pause yet")
+def test_pause_and_resume(app: Flask, engine: Engine) -> None:
+    for queue in ("emails", "sms"):
+        assert river(app, "pause", queue).output.startswith(f"queue '{queue}' is paused since ")
+    assert paused(engine) == ["emails", "sms"]
+
+    assert river(app, "resume", "sms").output == "queue 'sms' is worked\n"
+    assert paused(engine) == ["emails"]
+    assert river(app, "resume", "*").exit_code == 0
+    assert paused(engine) == []
+
+    ended = river(app, "resume", "nobodys")
+    assert (ended.exit_code, ended.output.startswith("Error: queue 'nobodys' ")) == (1, True)
+
+
+@pytest.mark.skipif(not hasattr(River, "retry"), reason="River has no retry yet")
+def test_retry_makes_jobs_available_all_or_none(app: Flask, engine: Engine) -> None:
+    first, second = make_jobs(engine, 2, state="discarded", attempt=25, max_attempts=25)
+
+    ended = river(app, "retry", str(first), "4711")
+    assert (ended.exit_code, ended.output.startswith("Error: job 4711 does not exist")) == (1, True)
+    assert count_states(engine) == {"discarded": 2}
+
+    ended = river(app, "retry", str(second), str(first))
+    assert ended.output == f"job {first} (count) is available\njob {second} (count) is available\n"
+    assert count_states(engine) == {"available": 2}
 
 
 def test_check_db_and_migrate(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,14 @@
 import contextlib
 import json
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 from flask import current_app
 from flask.cli import AppGroup
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from sqla_river import ddl
 from sqla_river import schema as schemas
@@ -33,6 +34,10 @@ def _river() -> "FlaskRiver[Any]":
     return extension
 
 
+def _verbs() -> Any:
+    return _river().river
+
+
 def _schema() -> str | None:
     return declared_schema(_river().river.job_class)
 
@@ -46,6 +51,13 @@ def _told() -> Generator[None]:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
+
+
+@contextlib.contextmanager
+def _changing() -> Generator[Session]:
+    """A session whose changes are committed at the end, or told why not."""
+    with _told(), Session(_river().engine) as session, session.begin():
+        yield session
 
 
 def _slots(_ctx: click.Context, _option: click.Parameter, value: str | None) -> dict[str, int] | None:
@@ -99,6 +111,35 @@ def stats(as_json: bool) -> None:
         click.echo(f"{count.queue:<{width}}  {count.state:<9}  {count.jobs:>11,}")
     if not counts:
         click.echo("no jobs")
+
+
+@commands.command()
+@click.argument("queue")
+def pause(queue: str) -> None:
+    """Start no more jobs of QUEUE, on whatever runner, until it is resumed; '*' means all queues. What runs goes on."""
+    with _changing() as session:
+        paused = _verbs().pause(session, queue)
+    for each in paused:
+        click.echo(f"queue '{each.name}' is paused since {each.paused_at:%Y-%m-%d %H:%M:%S} UTC")
+
+
+@commands.command()
+@click.argument("queue")
+def resume(queue: str) -> None:
+    """End the pause of QUEUE; '*' means all queues."""
+    with _changing() as session:
+        resumed = _verbs().resume(session, queue)
+    for each in resumed:
+        click.echo(f"queue '{each.name}' is worked")
+
+
+@commands.command()
+@click.argument("job_id", metavar="JOB...", type=int, nargs=-1, required=True)
+def retry(job_id: Sequence[int]) -> None:
+    """Make each JOB, named by its id, available at once, whatever became of it; all of them, or none."""
+    with _changing() as session:
+        lines = [f"job {each} ({_verbs().retry(session, each).kind}) is available" for each in sorted(job_id)]
+    click.echo("\n".join(lines))
 
 
 @commands.command("check-db")
