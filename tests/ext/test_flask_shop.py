@@ -22,10 +22,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PATIENCE = 30.0
 
 
-def flask(*words: str) -> list[str]:
-    return [sys.executable, "-m", "flask", "--app", "flask_shop", *words]
-
-
 @pytest.fixture
 def environment(empty_url: str) -> Mapping[str, str]:
     path = os.pathsep.join([str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -36,12 +32,14 @@ def environment(empty_url: str) -> Mapping[str, str]:
 @pytest.fixture
 def page(environment: Mapping[str, str]) -> Iterator[str]:
     """The address of the shop, whose worker works; at the end both stop as they should."""
-    for command in (flask("river", "migrate"), flask("open-shop")):
-        subprocess.run(command, cwd=EXAMPLES, env=environment, check=True, timeout=60)
-    worker = subprocess.Popen(flask("river", "work"), cwd=EXAMPLES, env=environment)
-    server = subprocess.Popen(
-        flask("run", "--port", "0"), cwd=EXAMPLES, env=environment, stderr=subprocess.PIPE, text=True
-    )
+
+    def start(*words: str, stderr: int | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "flask", "--app", "flask_shop", *words]
+        return subprocess.Popen(command, cwd=EXAMPLES, env=environment, stderr=stderr, text=True)
+
+    for making in [start("river", "migrate"), start("open-shop")]:
+        assert making.wait(PATIENCE) == 0
+    worker, server = start("river", "work"), start("run", "--port", "0", stderr=subprocess.PIPE)
     with server, worker:
         try:
             assert server.stderr is not None
