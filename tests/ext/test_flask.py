@@ -18,6 +18,7 @@ from sqla_river import InsertOptions, Job, JobContext, JobMixin, River, Runner, 
 from sqla_river.errors import ConfigError
 from sqla_river.ext.flask import FlaskRiver
 from sqla_river.models import RiverBase
+from sqla_river.testing import drain
 from tests.database import emptied, shared_database
 from tests.making import Count, all_are, count_states, eventually, read_jobs
 from tests.working import after, errors, is_state, notes, settled
@@ -261,6 +262,23 @@ def test_the_error_handler_is_asked_inside_the_app_context(shop: Shop, engine: E
         eventually(all_are(engine, "retryable", 1))
 
     assert shop.seen == [("shop", "broken")]
+
+
+def test_the_test_kit_drains_in_the_session_of_the_tests_own_app_context(shop: Shop, engine: Engine) -> None:
+    river = FlaskRiver(shop.app, workers=shop.workers)
+
+    @shop.workers.register(Count)
+    def count(job: JobContext[Count]) -> None:
+        shop.seen.append((current_app.name, shop.db.session()))
+
+    with shop.app.app_context():
+        river.enqueue(Count(1))
+        done = drain(shop.db.session, river.runner())
+        assert [each.state for each in done] == ["completed"]
+        assert shop.seen == [("shop", shop.db.session())]
+        shop.db.session.rollback()
+
+    assert count_states(engine) == {}
 
 
 # ---- without Flask-SQLAlchemy

@@ -71,7 +71,6 @@ def paused(engine: Engine) -> list[str]:
         return list(found.scalars())
 
 
-@pytest.mark.skipif(not hasattr(River, "pause"), reason="River has no pause yet")
 def test_pause_and_resume(app: Flask, engine: Engine) -> None:
     for queue in ("emails", "sms"):
         assert river(app, "pause", queue).output.startswith(f"queue '{queue}' is paused since ")
