@@ -1,0 +1,1 @@
+"""Adapters for frameworks and tools, each with an extra of its own."""
