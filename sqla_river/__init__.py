@@ -20,13 +20,16 @@ if TYPE_CHECKING:
         enqueue_many,
         list_queues,
         pause,
+        queue_stats,
         resume,
+        stats_history,
         update_queue,
         wait_for,
     )
     from sqla_river.runner import Runner
     from sqla_river.schema import create_all
     from sqla_river.states import JobState
+    from sqla_river.stats import MinuteStats, QueueStats
     from sqla_river.unique import Unique
     from sqla_river.workers import Workers
 
@@ -38,7 +41,9 @@ __all__ = [
     "JobContext",
     "JobMixin",
     "JobState",
+    "MinuteStats",
     "QueueInfo",
+    "QueueStats",
     "Retention",
     "River",
     "RiverError",
@@ -52,7 +57,9 @@ __all__ = [
     "enqueue_many",
     "list_queues",
     "pause",
+    "queue_stats",
     "resume",
+    "stats_history",
     "update_queue",
     "wait_for",
 ]
@@ -74,13 +81,16 @@ if not TYPE_CHECKING:
             "enqueue_many",
             "list_queues",
             "pause",
+            "queue_stats",
             "resume",
+            "stats_history",
             "update_queue",
             "wait_for",
         ),
         "runner": ("Runner",),
         "schema": ("create_all",),
         "states": ("JobState",),
+        "stats": ("MinuteStats", "QueueStats"),
         "unique": ("Unique",),
         "workers": ("Workers",),
     }

@@ -53,6 +53,8 @@ pause = awaited(river.pause)
 resume = awaited(river.resume)
 list_queues = awaited(river.list_queues)
 update_queue = awaited(river.update_queue)
+queue_stats = awaited(river.queue_stats)
+stats_history = awaited(river.stats_history)
 
 
 @overload

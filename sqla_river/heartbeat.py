@@ -57,6 +57,7 @@ class Heartbeat:
         every, lease: seconds.
         free: the queues that have a free slot here.
         unfinished: the jobs that this runner holds.
+        beat: told the database's clock at each beat, in this thread.
         lost: told of those of them that are another's by now.
         learnt: told what each beat found out.
     """
@@ -73,6 +74,7 @@ class Heartbeat:
         unfinished: Callable[[], Sequence[JobRow]],
         lost: Callable[[Sequence[JobRow]], None],
         learnt: Callable[[Fleet], None],
+        beat: Callable[[datetime], None] = lambda _: None,
     ) -> None:
         self._own = own
         self._runner_id = runner_id
@@ -83,6 +85,7 @@ class Heartbeat:
         self._unfinished = unfinished
         self._lost = lost
         self._learnt = learnt
+        self._beat = beat
         self._touched_at = -math.inf
         self._beat_at = -math.inf
         self._beat_on: datetime | None = None  # by the database's clock
@@ -96,6 +99,11 @@ class Heartbeat:
     def fresh(self) -> bool:
         """Whether the lease holds for some time yet: 5 s of 30. Without that nothing more is fetched."""
         return time.monotonic() - self._beat_at < self._lease * 5 / 6
+
+    @property
+    def clock(self) -> datetime | None:
+        """The database's clock at the last beat; None before the first."""
+        return self._beat_on
 
     @property
     def kept(self) -> datetime | None:
@@ -146,6 +154,7 @@ class Heartbeat:
             self._touch_queues(slots.keys() - self.touched)
         self.touched = frozenset(slots)
         self.beaten = True
+        self._beat(beat_on)
         return max(self._every - (time.monotonic() - began), 0.0)
 
     def _touch_queues(self, names: Iterable[str]) -> None:

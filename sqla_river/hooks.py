@@ -1,5 +1,6 @@
-"""What users may put around our work: middleware, an error handler, and events."""
+"""What users may put around our work: middleware, an error handler, events, and meters."""
 
+import logging
 import queue
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import attrs
 
 from sqla_river.context import JobContext
 from sqla_river.outcomes import Cancel
-from sqla_river.rows import Result
+from sqla_river.rows import JobRow, Result
 from sqla_river.states import JobState
 
 EventKind = Literal[
@@ -38,6 +39,7 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = (
     "queue_resumed",
 )
 KEPT_EVENTS: Final = 1_000
+log: Final = logging.getLogger(__name__)
 
 
 class WorkMiddleware(Protocol):
@@ -170,3 +172,49 @@ class Events:
             row = result.job
             kind = _BY_STATE[state]
             self.put(Event(kind, row.queue, row.id, row.kind, row.attempt, result.seconds, result.error))
+
+
+class Meter(Protocol):
+    """Told of a runner's work in batches, by the threads that do it: it must not wait. What it raises is logged.
+
+    For metrics: a call per batch costs nothing per job, and what is told of has been committed.
+    """
+
+    def fetched(self, rows: Sequence[JobRow], /) -> None:
+        """These jobs are about to start."""
+        ...
+
+    def written(self, written: Sequence[tuple[Result, JobState]], /) -> None:
+        """These attempts are over, and the jobs in these states."""
+        ...
+
+    def rescued(self, freed: Sequence[Any], /) -> None:
+        """These jobs of dead runners are free (`queue`, `kind`, `state`)."""
+        ...
+
+    def looked(self, figures: Any, /) -> None:
+        """How the whole database stands; told every 30 s to one runner of the fleet."""
+        ...
+
+
+class Meters:
+    """The meters of a Runner; they outlive its incarnations."""
+
+    def __init__(self) -> None:
+        self._meters: tuple[Meter, ...] = ()
+
+    @property
+    def attached(self) -> bool:
+        """Whether there are any."""
+        return bool(self._meters)
+
+    def attach(self, meter: Meter) -> None:
+        self._meters = (*self._meters, meter)
+
+    def tell(self, what: Literal["fetched", "written", "rescued", "looked"], told: Any) -> None:
+        """Tell all of them; next to nothing where there are none."""
+        for meter in self._meters:
+            try:
+                getattr(meter, what)(told)
+            except Exception:
+                log.warning("%s.%s() failed", type(meter).__name__, what, exc_info=True)

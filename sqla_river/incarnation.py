@@ -20,7 +20,10 @@ from sqlalchemy import Engine
 from sqla_river import store
 from sqla_river.check import require_schema
 from sqla_river.complete import Completer
+from sqla_river.counters import Counters
 from sqla_river.duties import turns
+from sqla_river.duties.count import Count
+from sqla_river.duties.figures import LookAround
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.reindex import Reindex
 from sqla_river.duties.rescue import Isolate, Rescue
@@ -30,14 +33,14 @@ from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.held import Held
-from sqla_river.hooks import Around, ErrorHandler, Event, Events, WorkMiddleware
+from sqla_river.hooks import Around, ErrorHandler, Event, Events, Meters, WorkMiddleware
 from sqla_river.listen import Listener
 from sqla_river.live import Queues
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.options import Retention
 from sqla_river.river import River
-from sqla_river.rows import Result
+from sqla_river.rows import JobRow, Result
 from sqla_river.settle import Scope
 from sqla_river.slots import Watch
 from sqla_river.states import FINALIZED, JobState
@@ -90,6 +93,7 @@ class Orders:
     around: Around | None
     on_error: ErrorHandler | None
     events: Events
+    meters: Meters
 
 
 class Incarnation:
@@ -101,6 +105,7 @@ class Incarnation:
         self.started = False
         self.stopping = False
         self.events = orders.events
+        self._meters = orders.meters
         self._hurry = 0
         self._flush_by = math.inf
         self._checked = False
@@ -155,13 +160,14 @@ class Incarnation:
             self.id,
             slots,
             kinds=lambda: orders.workers.kinds,
-            deliver=self._held.deliver,
+            deliver=self._fetched,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.ready.is_set(),
             wake=lambda: self._fetching.wake(),
         )
-        self._own_heart, self._schema = heartbeat, schema
+        self._counters = Counters(self.id)
+        self._own_heart, self._own_complete, self._schema = heartbeat, complete, schema
         self._heart = Heartbeat(
             heartbeat,
             self.id,
@@ -172,6 +178,7 @@ class Incarnation:
             unfinished=lambda: self._held.rows,
             lost=self._held.lost,
             learnt=self._learnt,
+            beat=lambda now: self._counters.write(heartbeat, now, 0.0),
         )
         self.turns = Turns(
             duties,
@@ -179,7 +186,9 @@ class Incarnation:
                 Rescue(lambda: self._heart.kept, self._rescued, _sweep_every(orders.lease)),
                 Isolate(lambda: self._fetcher.suspects, self._fetcher.turn.begin),
                 Prune(orders.retention),
+                Count(),
                 Clean(),
+                LookAround(self._meters),
                 *([Reindex()] if orders.reindex else []),
             ],
         )
@@ -193,7 +202,14 @@ class Incarnation:
 
     # ---- the arrows between the stations ------------------------------------------------------------
 
+    def _fetched(self, rows: list[JobRow]) -> None:
+        if rows and not self.stopping:
+            self._meters.tell("fetched", rows)
+        self._held.deliver(rows)
+
     def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
+        self._counters.add((result.job.queue, state) for result, state in written)
+        self._meters.tell("written", written)
         for result, state in written:
             delay = result.transition.delay
             if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
@@ -206,6 +222,9 @@ class Incarnation:
         if any(row.suspect for row in freed):
             self._fetcher.suspects = True  # before the fetch that it is woken for
         self._fetcher.heard(None)
+        # Those of Go's clients are counted with all else that no runner of ours ends.
+        self._counters.add((row.queue, JobState(row.state)) for row in freed if row.ours)
+        self._meters.tell("rescued", freed)
         if self.events.heard:
             for row in freed:
                 self.events.put(Event("rescued", row.queue, row.id, row.kind))
@@ -249,7 +268,11 @@ class Incarnation:
 
     def _flush(self) -> None:
         self.completer.flush(lambda: self._flush_by)
-        self.completer.close()
+        try:
+            if self._heart.clock is not None:
+                self._counters.write(self._own_complete, self._heart.clock, FLUSH_TIMEOUT)
+        finally:
+            self.completer.close()
 
     # ---- life ------------------------------------------------------------
 
@@ -282,6 +305,24 @@ class Incarnation:
             self._checked = True
             self._refused = None
         return self._heart.step()
+
+    def loops(self) -> dict[str, tuple[float, float]]:
+        """When each inner loop last showed that it does not hang, and when it last did well (monotonic); without those
+        that a stop has ended.
+        """
+        found: dict[str, Loop | Listener | None] = {
+            "fetch": self._fetching if self.started else None,
+            "complete": self._completing,
+            "heartbeat": self._beating,
+            "listen": self._listener,
+            "duties": self._maintaining,
+            "watch": self._watching,
+        }
+        return {
+            name: (loop.turned, loop.moved)
+            for name, loop in found.items()
+            if loop is not None and (loop.alive or not self.stopping)
+        }
 
     def _ready(self) -> bool:
         """Who owns what is fetched must stand in the table before the first fetch, and LISTEN before anybody relies on

@@ -47,9 +47,15 @@ class Listener:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.ready = threading.Event()
         """Set while LISTEN is in force."""
-        self.moved = time.monotonic()
+        self.turned = self.moved = time.monotonic()
+        """As those of a `Loop`."""
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def start(self) -> None:
+        self.turned = self.moved = time.monotonic()
         self._wake_read, self._wake_write = socket.socketpair()
         self._thread.start()
 
@@ -70,6 +76,7 @@ class Listener:
                 try:
                     self._listen(backoff)
                 except Exception as error:  # noqa: BLE001 - a listener outlives whatever happens; the poll covers the gap
+                    self.turned = time.monotonic()
                     self.ready.clear()
                     self._own.close()
                     self._stopping.wait(backoff.failed(error))
@@ -94,5 +101,5 @@ class Listener:
                     topic = channels.get(notification.channel)
                     if topic is not None:
                         self._heard(topic, notification.payload, notification.pid)
-                self.moved = time.monotonic()
+                self.turned = self.moved = time.monotonic()
                 backoff.worked()

@@ -9,6 +9,9 @@ from typing import Final
 
 log: Final = logging.getLogger(__name__)
 
+SIGN_OF_LIFE: Final = 1.0
+"""Seconds after which a loop that has nothing to do says that it is well."""
+
 
 class Backoff:
     """How long to wait after an error: 50 ms doubling to *longest* seconds, jittered.
@@ -68,8 +71,10 @@ class Loop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._backoff = Backoff(log, name, longest)
-        self.moved = time.monotonic()
-        """When a step last came to its end (monotonic): the health of the loop."""
+        self.turned = self.moved = time.monotonic()
+        """When the thread last showed that it does not hang, and when a step last came to a good end, or the loop had
+        nothing to do after one (monotonic).
+        """
 
     @property
     def stopping(self) -> bool:
@@ -80,6 +85,7 @@ class Loop:
         return self._thread.is_alive()
 
     def start(self) -> None:
+        self.turned = self.moved = time.monotonic()
         self._thread.start()
 
     def wake(self) -> None:
@@ -98,18 +104,24 @@ class Loop:
             self._thread.join(max(timeout, 0))
         return not self._thread.is_alive()
 
+    def _rest(self, pause: float) -> None:
+        until = time.monotonic() + pause
+        while True:
+            self.turned = self.moved = now = time.monotonic()
+            if now >= until or self._woken.wait(min(until - now, SIGN_OF_LIFE)):
+                break
+        self._woken.clear()
+
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 pause = self._step()
             except Exception as error:  # noqa: BLE001 - one bad step must not end the loop
+                self.turned = time.monotonic()
                 self._stopping.wait(self._backoff.failed(error))
                 continue
             self._backoff.worked()
-            self.moved = time.monotonic()
-            if pause > 0:
-                self._woken.wait(pause)
-            self._woken.clear()
+            self._rest(pause)
         if self._last is not None:
             try:
                 self._last()

@@ -1,12 +1,12 @@
 """`River`: the settings, and the verbs of a client."""
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import Engine
 
-from sqla_river import admin, insert, queues, wait
+from sqla_river import admin, insert, queues, stats, wait
 from sqla_river.admin import Changed, Filter
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
 from sqla_river.config import InsertMiddleware, NotifyMode, Settings
@@ -16,6 +16,7 @@ from sqla_river.models import Job, JobMixin
 from sqla_river.options import NOTHING_SAID, InsertOptions, OptionWords, said_in
 from sqla_river.queues import QueueInfo
 from sqla_river.session import AnySession
+from sqla_river.stats import MinuteStats, QueueStats
 
 J = TypeVar("J", bound=JobMixin)
 K = TypeVar("K", bound=JobMixin)
@@ -224,6 +225,38 @@ class River(Generic[J]):
         """
         return wait.wait_for(session, job_id, self.job_class, timeout)
 
+    def queue_stats(self, session: AnySession, queue: str) -> QueueStats:
+        """How *queue* stands now: what waits, runs and is finished, how old the oldest is, and how fast it goes.
+
+        Two round trips, however many jobs there are: at most 10,000 index entries are read of each live state, and none
+        of what is finished. Where there are more, the other queues are looked at in the same way (three more round
+        trips), and the figure is an estimate that is named in ``estimated``. Pending rows of a Session are flushed
+        first; jobs that the caller's transaction has put in are seen.
+
+        Args:
+            session: as for `enqueue`.
+            queue: its name; one that nobody has heard of yet is empty.
+
+        Raises:
+            InvalidOptionError: a name that River does not take.
+        """
+        return stats.queue_stats(session, queue, self.job_class)
+
+    def stats_history(self, session: AnySession, queue: str | None, since: datetime | timedelta) -> list[MinuteStats]:
+        """What was finished in each minute since then, the one that has begun included, without a gap: for plots.
+
+        One round trip. Minutes are kept for a week; earlier ones are left out.
+
+        Args:
+            session: as for `enqueue`.
+            queue: its name; None for all queues together.
+            since: an aware datetime, or a timedelta back from the database's now().
+
+        Raises:
+            InvalidOptionError: a name that River does not take, or a naive datetime.
+        """
+        return stats.stats_history(session, queue, since, self.job_class)
+
 
 _river = River.of(Job)
 enqueue = _river.enqueue
@@ -234,3 +267,5 @@ resume = _river.resume
 list_queues = _river.list_queues
 update_queue = _river.update_queue
 wait_for = _river.wait_for
+queue_stats = _river.queue_stats
+stats_history = _river.stats_history

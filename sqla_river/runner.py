@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
@@ -14,7 +16,18 @@ from sqlalchemy import Engine, QueuePool
 
 from sqla_river import store
 from sqla_river.errors import ConfigError, RunnerError, WrongDatabaseError
-from sqla_river.hooks import EVENT_KINDS, Around, ErrorHandler, EventKind, Events, Subscription, WorkMiddleware
+from sqla_river.health import LIMIT, Health, judge
+from sqla_river.hooks import (
+    EVENT_KINDS,
+    Around,
+    ErrorHandler,
+    EventKind,
+    Events,
+    Meter,
+    Meters,
+    Subscription,
+    WorkMiddleware,
+)
 from sqla_river.incarnation import Incarnation, Orders
 from sqla_river.live import Queues
 from sqla_river.models import Job
@@ -140,6 +153,7 @@ class Runner:
             around,
             on_error,
             Events(),
+            Meters(),
         )
         self._lifecycle = threading.Lock()
         self._incarnation: Incarnation | None = None
@@ -160,6 +174,41 @@ class Runner:
         does not run.
         """
         return self._incarnation.turns.ages() if self._incarnation is not None else {}
+
+    @property
+    def loops(self) -> Mapping[str, timedelta]:
+        """How long ago each inner loop (fetch, complete, heartbeat, listen, duties, watch) last did well; one that has
+        nothing to do says so every second. Empty while the runner does not run.
+        """
+        now = time.monotonic()
+        found = self._incarnation.loops() if self._incarnation is not None else {}
+        return {name: timedelta(seconds=max(now - moved, 0.0)) for name, (_, moved) in found.items()}
+
+    @property
+    def in_progress(self) -> Mapping[tuple[str, str], int]:
+        """How many handlers run now, by queue and kind."""
+        running = list(self._incarnation.executor.running.values()) if self._incarnation is not None else []
+        return Counter((job.row.queue, job.row.kind) for job in running)
+
+    def health(self, limit: timedelta = LIMIT) -> Health:
+        """Whether this process works: alive while none of its inner loops (fetch, complete, heartbeat, listen) hangs,
+        ready while all of them do well.
+
+        No round trip: it tells from when each loop last moved. A loop that cannot reach the database goes on trying, so
+        it lives, but is not ready.
+
+        Args:
+            limit: how long a loop may stand still.
+        """
+        incarnation = self._incarnation
+        if incarnation is None or not incarnation.started or incarnation.stopping:
+            state = "has not started" if incarnation is None or not incarnation.started else "stops"
+            return judge(incarnation.loops() if incarnation is not None else {}, limit, f"the runner {state}")
+        return judge(incarnation.loops(), limit)
+
+    def attach(self, meter: Meter) -> None:
+        """Let *meter* be told of this runner's work, batch by batch, in this life and in those to come."""
+        self._orders.meters.attach(meter)
 
     def subscribe(self, *kinds: EventKind) -> Subscription:
         """Events of this runner's own jobs as they are committed, of all *kinds* unless some are named; close it when

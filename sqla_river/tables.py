@@ -179,3 +179,25 @@ river_suspect: Final = Table(
     Column("deaths", Integer, nullable=False),
     Column("alone", Integer, nullable=False),
 )
+
+river_counter: Final = Table(
+    "river_counter",
+    RIVER,
+    Column("runner", Text, primary_key=True),
+    Column("minute", _moment, primary_key=True),
+    Column("queue", Text, primary_key=True),
+    Column("state", Text, primary_key=True),
+    Column("jobs", BigInteger, nullable=False),
+    Column("batch", BigInteger, nullable=False),
+)
+"""What each runner finished in the last minutes: rows of its own, so that no two runners ever meet at one."""
+
+river_history: Final = Table(
+    "river_history",
+    RIVER,
+    Column("minute", _moment, primary_key=True),
+    Column("queue", Text, primary_key=True),
+    Column("state", Text, primary_key=True),
+    Column("jobs", BigInteger, nullable=False),
+)
+"""The same folded, of all runners together: by minute, and under ``-infinity`` of all time."""

@@ -20,8 +20,8 @@ FLOORS: list[set[str]] = [
     {"notify", "bulk", "schema", "listen"},  # 5 the other doors: only doors execute SQL
     {"models"},  # 6 the mapping, and its listeners
     {"session"},  # 7 the caller's session
-    {"insert", "admin", "queues", "wait", "stats", "check"},  # 8 the stations of a client
-    {"fetch", "execute", "slots", "settle", "complete", "heartbeat", "duties", "live"},  # 9 the stations of a worker
+    {"insert", "admin", "queues", "wait", "stats", "check", "health"},  # 8 the stations of a client
+    {"fetch", "execute", "slots", "settle", "complete", "counters", "heartbeat", "duties", "live"},  # 9 a worker's
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
     {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody
     {"runner"},  # 12 the face of the worker

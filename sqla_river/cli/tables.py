@@ -1,7 +1,4 @@
-"""`migrate`, `check-db` and `stats`."""
-
-import json
-from collections.abc import Iterable
+"""`migrate` and `check-db`; and tables on the terminal."""
 
 import click
 from rich import box
@@ -13,10 +10,7 @@ from sqla_river import ddl
 from sqla_river import schema as schemas
 from sqla_river.check import check_schema
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
-from sqla_river.errors import SchemaError
-from sqla_river.schema import installed_version
 from sqla_river.states import JobState
-from sqla_river.stats import StateCount, count_states
 
 LIFE = (
     JobState.PENDING,
@@ -64,36 +58,6 @@ def check_db(url: URL, schema: str | None) -> None:
         raise SystemExit(1)
     if not problems:
         click.echo(f"the tables are as sqla_river needs them, version {ddl.LATEST}")
-
-
-@click.command()
-@database_option(required=True, meaning="The database to look at.")
-@schema_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object of queues, each an object of states.")
-def stats(url: URL, schema: str | None, as_json: bool) -> None:
-    """Show how many jobs of each queue are in each state."""
-    with told(), engine_for(url).connect() as connection:
-        if not installed_version(connection, schema):
-            where = f"schema '{schema}'" if schema else "the search_path"
-            raise SchemaError(
-                f"the tables are missing in {where}; run 'sqla-river migrate', or name their schema with --schema"
-            )
-        counts = count_states(connection, schema)
-    if as_json:
-        click.echo(json.dumps(by_queue(counts)))
-    elif counts:
-        console = Console(highlight=False)
-        console.print(state_table(console, "queue", by_queue(counts)))
-    else:
-        click.echo("no jobs")
-
-
-def by_queue(counts: Iterable[StateCount]) -> dict[str, dict[str, int]]:
-    """Each queue's states and their jobs."""
-    queues: dict[str, dict[str, int]] = {}
-    for count in counts:
-        queues.setdefault(count.queue, {})[count.state] = count.jobs
-    return queues
 
 
 def state_table(console: Console, what: str, rows: dict[str, dict[str, int]]) -> Table:

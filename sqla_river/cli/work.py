@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sqla_river.cli.database import told
+from sqla_river.cli.serving import metrics_port_option, serve
 from sqla_river.runner import Runner
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -33,7 +34,8 @@ LEVELS = ("debug", "info", "warning", "error")
     show_envvar=True,
     help="What is logged, to stderr; 'info' tells of each start and stop.",
 )
-def work(app: str, log_level: str) -> None:
+@metrics_port_option
+def work(app: str, log_level: str, metrics_port: int | None) -> None:
     """Work jobs with a Runner of yours, until SIGTERM or Ctrl-C.
 
     The module is looked for in the current directory first. At the first signal the runner fetches no more and lets
@@ -44,6 +46,8 @@ def work(app: str, log_level: str) -> None:
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     runner = find_runner(app)
+    if metrics_port is not None:
+        serve(runner, metrics_port)
     with told():
         runner.run()
 

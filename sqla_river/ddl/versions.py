@@ -33,6 +33,8 @@ TABLES: Final = (
     "river_runner",
     "river_duty",
     "river_suspect",
+    "river_counter",
+    "river_history",
 )
 RIVER_RETIRED: Final = ("river_client", "river_client_queue")
 """Tables of River's versions 5 and 6, which it never used and dropped in 7. So do we, if they are empty."""
@@ -217,7 +219,8 @@ BEGIN
         LOCK TABLE {{s}}river_job IN ACCESS EXCLUSIVE MODE;
         PERFORM set_config('lock_timeout', patience, true);
         IF EXISTS (SELECT FROM {{s}}river_migration WHERE line = '{ADOPTED}') THEN
-            DROP TABLE IF EXISTS {{s}}river_suspect, {{s}}river_duty, {{s}}river_runner;
+            DROP TABLE IF EXISTS {{s}}river_history, {{s}}river_counter, {{s}}river_suspect, {{s}}river_duty,
+                {{s}}river_runner;
             DROP INDEX IF EXISTS {", ".join(f"{{s}}{name}" for name in INDEXES)};
             ALTER TABLE {{s}}river_job RESET (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold,
                 autovacuum_vacuum_cost_delay, autovacuum_analyze_scale_factor);
@@ -231,8 +234,8 @@ BEGIN
                 USING ERRCODE = 'object_not_in_prerequisite_state';
         END IF;
     END IF;
-    DROP TABLE IF EXISTS {{s}}river_suspect, {{s}}river_duty, {{s}}river_runner, {{s}}river_notification,
-        {{s}}river_migration, {{s}}river_queue, {{s}}river_leader, {{s}}river_job;
+    DROP TABLE IF EXISTS {{s}}river_history, {{s}}river_counter, {{s}}river_suspect, {{s}}river_duty, {{s}}river_runner,
+        {{s}}river_notification, {{s}}river_migration, {{s}}river_queue, {{s}}river_leader, {{s}}river_job;
     DROP FUNCTION IF EXISTS {{s}}river_job_state_in_bitmask;
     DROP TYPE IF EXISTS {{s}}river_job_state;
 END $river$""",
@@ -267,6 +270,22 @@ _OURS_1: Final = (
     job_id bigint CONSTRAINT river_suspect_pkey PRIMARY KEY,
     deaths integer NOT NULL DEFAULT 0,
     alone integer NOT NULL DEFAULT 0
+)""",
+    """CREATE TABLE IF NOT EXISTS {s}river_counter (
+    runner text NOT NULL,
+    minute timestamptz NOT NULL,
+    queue text NOT NULL,
+    state text NOT NULL,
+    jobs bigint NOT NULL,
+    batch bigint NOT NULL DEFAULT 0,
+    CONSTRAINT river_counter_pkey PRIMARY KEY (runner, minute, queue, state)
+)""",
+    """CREATE TABLE IF NOT EXISTS {s}river_history (
+    minute timestamptz NOT NULL,
+    queue text NOT NULL,
+    state text NOT NULL,
+    jobs bigint NOT NULL,
+    CONSTRAINT river_history_pkey PRIMARY KEY (minute, queue, state)
 )""",
 )
 

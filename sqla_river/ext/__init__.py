@@ -1,1 +1,1 @@
-"""At home in frameworks: one module each, and each an extra of its own."""
+"""Adapters for frameworks and tools, each with an extra of its own."""

@@ -13,6 +13,18 @@ from sqla_river.statements.complete import (
     SETTLE_JOB,
     SETTLE_JOBS,
 )
+from sqla_river.statements.counts import (
+    ADD_COUNTS,
+    COUNT_LIVE,
+    COUNT_OTHERS,
+    FOLD_COUNTS,
+    PRUNE_HISTORY,
+    SELECT_COUNTS,
+    SELECT_FIGURES,
+    SELECT_HISTORY,
+    SELECT_INDEX_SIZES,
+    SELECT_QUEUE_NAMES,
+)
 from sqla_river.statements.due import SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
@@ -62,7 +74,6 @@ from sqla_river.statements.insert import (
     SELECT_HOLDER,
     SELECT_NOW,
 )
-from sqla_river.statements.look import COUNT_STATES
 from sqla_river.statements.queues import PAUSE_QUEUES, RESUME_QUEUES, SELECT_QUEUES, UPDATE_QUEUE
 from sqla_river.statements.runner import (
     DELETE_RUNNER,
@@ -70,19 +81,22 @@ from sqla_river.statements.runner import (
     SELECT_FLEET,
     SELECT_OWN,
     SELECT_PEERS,
+    SELECT_RUNNERS,
     UPSERT_QUEUES,
     UPSERT_RUNNER,
 )
 from sqla_river.statements.schema import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_IS_TABLE, SELECT_VERSIONS
 
 __all__ = [
+    "ADD_COUNTS",
     "CANCEL_JOB",
     "CANCEL_JOBS",
     "CLAIM_DUTY",
     "CLEAR_ALONE",
     "COMPLETE_JOBS",
     "COPY_COLUMNS",
-    "COUNT_STATES",
+    "COUNT_LIVE",
+    "COUNT_OTHERS",
     "COUNT_SUSPECTS",
     "DELETE_CLEARED",
     "DELETE_GONE_RUNNERS",
@@ -96,6 +110,7 @@ __all__ = [
     "FETCH_SUSPECT",
     "FETCH_UNSUSPECTED",
     "FINISH_DUTY",
+    "FOLD_COUNTS",
     "INSERT_DUTIES",
     "INSERT_JOB",
     "INSERT_JOBS",
@@ -110,6 +125,7 @@ __all__ = [
     "PRUNE_CANCELLED",
     "PRUNE_COMPLETED",
     "PRUNE_DISCARDED",
+    "PRUNE_HISTORY",
     "REFRESH_LONG",
     "RESCUE_STUCK",
     "RESERVE_IDS",
@@ -119,11 +135,15 @@ __all__ = [
     "SCHEDULE_DUE_AT",
     "SELECT_BOUNDS",
     "SELECT_CLOCK",
+    "SELECT_COUNTS",
     "SELECT_CURRENT_SCHEMA",
     "SELECT_DUTIES",
+    "SELECT_FIGURES",
     "SELECT_FLEET",
     "SELECT_HELD",
+    "SELECT_HISTORY",
     "SELECT_HOLDER",
+    "SELECT_INDEX_SIZES",
     "SELECT_IS_TABLE",
     "SELECT_LOST",
     "SELECT_NEXT_DUE",
@@ -133,6 +153,8 @@ __all__ = [
     "SELECT_OWN",
     "SELECT_PEERS",
     "SELECT_QUEUES",
+    "SELECT_QUEUE_NAMES",
+    "SELECT_RUNNERS",
     "SELECT_STATES",
     "SELECT_VERSIONS",
     "SETTLE_JOB",

@@ -231,7 +231,14 @@ _rescued: Final = (
         metadata_=METADATA.op("||")(_rescues),
         unique_states=case((_taken, null()), else_=job.c.unique_states),
     )
-    .returning(job.c.id, job.c.queue, job.c.kind, STATE_TEXT.label("state"), _suspect.label("suspect"))
+    .returning(
+        job.c.id,
+        job.c.queue,
+        job.c.kind,
+        STATE_TEXT.label("state"),
+        _suspect.label("suspect"),
+        _sentence.c.owner.is_not(None).label("ours"),
+    )
     .cte("rescued")
 )
 _told: Final = (
@@ -263,6 +270,7 @@ RESCUE_STUCK: Final = select(
     _rescued.c.kind,
     _rescued.c.state,
     _rescued.c.suspect,
+    _rescued.c.ours,
     select(func.count(_told.c.said)).scalar_subquery(),
 )
 

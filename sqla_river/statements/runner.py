@@ -131,3 +131,14 @@ REFRESH_LONG: Final = (
     .where(CTID.op("=")(func.any(func.array(_long.scalar_subquery()))), STATE_TEXT == RUNNING)
     .values(attempted_at=NOW)
 )
+
+# Caller: health.py. The row of every runner, the oldest first.
+SELECT_RUNNERS: Final = select(
+    river_runner.c.id,
+    river_runner.c.queues,
+    river_runner.c.slots,
+    river_runner.c.version,
+    river_runner.c.lease,
+    (func.clock_timestamp() - river_runner.c.heartbeat_at).label("silent"),
+    (func.clock_timestamp() - river_runner.c.started_at).label("age"),
+).order_by(river_runner.c.started_at, river_runner.c.id)

@@ -17,7 +17,7 @@ from sqla_river.errors import AsyncSessionError, InvalidOptionError, SchemaError
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER, job_table
 
-OUR_TABLES = {"river_duty", "river_runner", "river_suspect"}
+OUR_TABLES = {"river_counter", "river_duty", "river_history", "river_runner", "river_suspect"}
 RIVER_TABLES = {"river_job", "river_leader", "river_migration", "river_notification", "river_queue"}
 
 # river-contract.md section 1.1: River's main line, version 7.
@@ -426,7 +426,7 @@ def test_a_newer_version_is_refused_and_left_alone(engine: Engine) -> None:
 
 def test_rivers_own_tables_are_taken_over_with_their_jobs(engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(text("DROP TABLE river_duty, river_runner, river_suspect"))
+        connection.execute(text("DROP TABLE river_counter, river_duty, river_history, river_runner, river_suspect"))
         for name in set(JOB_INDEXES) - {"river_job_pkey", "river_job_unique_idx"}:
             connection.execute(text(f"DROP INDEX {name}"))
         connection.execute(text("DELETE FROM river_migration WHERE line <> 'main'"))

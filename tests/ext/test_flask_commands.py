@@ -59,10 +59,10 @@ def test_the_commands_are_listed(app: Flask) -> None:
 def test_stats_counts_jobs_by_queue_and_state(app: Flask, engine: Engine) -> None:
     assert river(app, "stats").output == "no jobs\n"
     make_jobs(engine, 3)
-    make_job(engine, queue="emails", state="completed")
+    make_job(engine, queue="emails", state="running")
 
-    assert river(app, "stats").output.split() == ["default", "available", "3", "emails", "completed", "1"]
-    assert json.loads(river(app, "stats", "--json").output) == {"default": {"available": 3}, "emails": {"completed": 1}}
+    assert river(app, "stats").output.split() == ["default", "available", "3", "emails", "running", "1"]
+    assert json.loads(river(app, "stats", "--json").output) == {"default": {"available": 3}, "emails": {"running": 1}}
 
 
 def paused(engine: Engine) -> list[str]:

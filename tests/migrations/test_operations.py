@@ -364,7 +364,7 @@ def _lacking_two(connection: Connection) -> None:
     create_all(connection)
     connection.execute(text("INSERT INTO river_job (kind, args) VALUES ('k', '{}')"))
     connection.execute(text("DELETE FROM river_migration WHERE line = 'sqla_river'"))
-    connection.execute(text("DROP TABLE river_runner, river_duty, river_suspect"))
+    connection.execute(text("DROP TABLE river_runner, river_duty, river_suspect, river_counter, river_history"))
     connection.execute(text("DROP INDEX river_job_fetch_idx, river_job_due_idx"))
     connection.execute(text("CREATE INDEX river_job_due_idx ON river_job (scheduled_at) WHERE state = 'scheduled'"))
 

@@ -43,7 +43,7 @@ def test_no_public_name_is_the_name_of_a_module() -> None:
 
 
 def test_the_verbs_of_the_root_are_those_of_the_shipped_job() -> None:
-    for verb in (sqla_river.enqueue, sqla_river.enqueue_many):
+    for verb in (sqla_river.enqueue, sqla_river.enqueue_many, sqla_river.queue_stats, sqla_river.stats_history):
         assert getattr(verb, "__self__").job_class is sqla_river.Job  # noqa: B009
 
 
@@ -60,7 +60,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_awaited_verbs_are_coroutine_functions_with_the_names_of_the_plain_ones() -> None:
     from sqla_river import asyncio as awaited
 
-    for name in ("enqueue", "enqueue_many"):
+    for name in ("enqueue", "enqueue_many", "queue_stats", "stats_history"):
         verb = getattr(awaited, name)
         assert inspect.iscoroutinefunction(verb)
         assert verb.__name__ == name

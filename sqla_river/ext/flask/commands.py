@@ -17,7 +17,7 @@ from sqla_river import schema as schemas
 from sqla_river.check import check_schema
 from sqla_river.errors import RiverError
 from sqla_river.models import declared_schema
-from sqla_river.stats import count_states
+from sqla_river.stats import all_stats
 
 if TYPE_CHECKING:
     from sqla_river.ext.flask.extension import FlaskRiver
@@ -99,17 +99,16 @@ def work(queues: dict[str, int] | None, log_level: str) -> None:
 def stats(as_json: bool) -> None:
     """Show how many jobs of each queue are in each state."""
     with _told(), _river().engine.connect() as connection:
-        counts = count_states(connection, _schema())
+        found = all_stats(connection, _schema())
+    queues = {each.queue: {state.value: jobs for state, jobs in each.by_state.items() if jobs} for each in found}
     if as_json:
-        queues: dict[str, dict[str, int]] = {}
-        for count in counts:
-            queues.setdefault(count.queue, {})[count.state] = count.jobs
         click.echo(json.dumps(queues))
         return
-    width = max((len(count.queue) for count in counts), default=0)
-    for count in counts:
-        click.echo(f"{count.queue:<{width}}  {count.state:<9}  {count.jobs:>11,}")
-    if not counts:
+    width = max((len(queue) for queue in queues), default=0)
+    for queue, states in queues.items():
+        for state, jobs in states.items():
+            click.echo(f"{queue:<{width}}  {state:<9}  {jobs:>11,}")
+    if not any(queues.values()):
         click.echo("no jobs")
 
 
