@@ -1243,41 +1243,6 @@ def test_a_third_signal_leaves_them_behind_at_once(url: str, engine: Engine) -> 
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
 
 
-FORK: Final = """
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)
-from sqlalchemy import create_engine
-from sqla_river import Runner, Workers
-from sqla_river.errors import RunnerError
-
-runner = Runner(create_engine(sys.argv[1]), Workers(), queues={"default": 1})
-runner.start()
-child = os.fork()
-if child == 0:
-    code = 1
-    try:
-        runner.stop()  # it is the parent's: nothing happens
-        runner.start()
-    except RunnerError as error:
-        code = 0 if "fork" in str(error) else 2
-    finally:
-        os._exit(code)
-_, status = os.waitpid(child, 0)
-alive = runner.id is not None
-runner.stop()
-print(os.waitstatus_to_exitcode(status), alive)
-"""
-
-
-def test_a_runner_refuses_to_work_in_a_forked_child(url: str, engine: Engine) -> None:
-    command = [sys.executable, "-c", FORK, url]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False)
-
-    assert ended.stdout == "0 True\n", ended.stderr
-
-
 def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:
     failures: list[BaseException] = []
 
