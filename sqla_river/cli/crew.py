@@ -184,7 +184,8 @@ class Crew:
         elif code == USAGE and not self._has_runner:
             self._step, self.exit_code = max(self._step, 1), USAGE
         # One that is asked before it has a Runner ends by SIGTERM: it has nothing to lose.
-        elif member.asked and not member.killed and (code == 0 or not member.works):
+        # And a signal may have come to it and to us, and have ended it before it was asked.
+        elif (member.asked or self._step) and not member.killed and (code == 0 or not member.works):
             log.info("%s has stopped", member)
         elif self._step:
             log.error("%s %s, instead of stopping", member, how)

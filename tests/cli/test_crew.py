@@ -239,6 +239,17 @@ def test_a_process_that_is_stopped_before_it_has_a_runner_may_end_by_its_signal(
     assert (play.crew.over, play.crew.exit_code) == (True, 0)
 
 
+@pytest.mark.parametrize(("works", "code"), [(True, 0), (False, -2), (False, 130)])
+def test_a_process_that_the_same_signal_ended_before_it_was_asked_is_a_clean_stop(works: bool, code: int) -> None:
+    play = Play()
+    play.act()
+    play.says(play.crew.members[0], works=works)
+    play.crew.stop()
+    play.ends(play.crew.members[0], code)
+
+    assert (play.crew.over, play.crew.exit_code) == (True, 0)
+
+
 def test_a_process_that_fails_while_it_stops_is_no_clean_stop() -> None:
     play = Play().working()
     play.crew.stop()

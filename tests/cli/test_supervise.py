@@ -23,11 +23,12 @@ import os, time
 from datetime import timedelta
 from pathlib import Path
 from sqlalchemy import create_engine
-from sqla_river import Runner, Workers
-from tests.making import Count
+from sqla_river import Runner, Workers, slots
+from tests.making import Count, Greet
 
 book = os.open("ledger", os.O_WRONLY | os.O_APPEND)
 times = {"heartbeat": timedelta(seconds=0.3), "lease": timedelta(seconds=LEASE), "stop_timeout": timedelta(seconds=60)}
+times["poll"] = timedelta(seconds=0.1)
 workers = Workers()
 
 def say(word, job):
@@ -44,6 +45,12 @@ def work(job):
     if job.args.number == 2:  # is deaf
         time.sleep(600)
     say("end", job)
+
+slots.STUCK_AFTER = 0.1
+
+@workers.register(Greet, timeout=timedelta(seconds=0.1))
+def greet(job):  # hangs
+    time.sleep(600)
 
 runner = Runner(create_engine(os.environ["DATABASE_URL"]), workers, queues={"default": 4}, **times)
 """
@@ -195,10 +202,18 @@ def test_processes_whose_supervisor_is_killed_finish_their_jobs_and_stop(
     assert pids(engine) == set()
 
 
-def test_a_process_that_does_not_stop_in_time_is_killed(url: str, engine: Engine, ledger: Ledger) -> None:
+def test_a_process_full_of_hung_handlers_is_followed_by_another_and_one_that_does_not_stop_is_killed(
+    url: str, engine: Engine, ledger: Ledger
+) -> None:
     program = "from sqla_river.cli import crew, main; crew.GRACE = 0.3; main()"
     with working(url, ledger.path.parent, "--max-jobs", "1000", command=[sys.executable, "-c", program]) as supervisor:
         read_until(supervisor, ") works")
+        make_jobs(engine, 5, kind="greet", args={"name": "you"}, max_attempts=1)  # one more than there are slots
+        said = read_until(supervisor, "starts in 1 s")
+        assert "too many handlers hang" in said
+        assert "ended with exit code 1" in said
+        read_until(supervisor, ") works")
+
         make_job(engine, args={"number": 2})
         is_held(ledger)
         supervisor.terminate()
@@ -233,22 +248,27 @@ def test_a_process_that_has_worked_its_jobs_is_replaced_without_losing_any(
 
 def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Ledger) -> None:
     folder = ledger.path.parent
-    (folder / "words.py").write_text("word = 'old'")
-    app = (folder / "app.py").read_text().replace('say("end"', "import words; say(words.word")
+    words = folder / ".elsewhere" / "words.py"  # watched only because it is imported
+    words.parent.mkdir()
+    words.write_text("word = 'old'")
+    app = "import sys; sys.path.append('.elsewhere'); import words\n" + APP.replace("LEASE", "1.2")
+    app = app.replace('say("end"', "say(words.word")
     (folder / "app.py").write_text(app)
     with working(url, folder, "--reload", env={"PYTHONDONTWRITEBYTECODE": "1"}) as supervisor:
         read_until(supervisor, ") works")
         old = make_job(engine)
-        eventually(lambda: count_states(engine) == {"completed": 1})
+        eventually(lambda: count_states(engine) == {"completed": 1}, within=20)
+        words.write_text("word = 'newer'")
+        assert "words.py has changed" in read_until(supervisor, ") works")
+        new = make_job(engine)
+        eventually(lambda: count_states(engine) == {"completed": 2}, within=20)
+
         (folder / "app.py").write_text(app + "(")
         said = read_until(supervisor, "another one starts when a file has changed")
         assert "app.py has changed" in said
         assert "SyntaxError" in said
-        (folder / "words.py").write_text("word = 'newer'")
         (folder / "app.py").write_text(app)
         read_until(supervisor, ") works")
-        new = make_job(engine)
-        eventually(lambda: count_states(engine) == {"completed": 2})
         os.killpg(supervisor.pid, signal.SIGINT)
         said, _ = supervisor.communicate(timeout=30)
         assert supervisor.returncode == 0, said
