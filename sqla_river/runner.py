@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import queue
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -264,13 +265,19 @@ class Runner:
             raise RunnerError(
                 "run() installs signal handlers and needs the main thread; use start() and stop() in another one"
             )
+        steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         signals = 0
 
         def on_signal(_signal: int, _frame: FrameType | None) -> None:
             nonlocal signals
             signals += 1
-            self.ask(signals)
+            steps.put(signals)  # what takes a lock, as an Event does, could wait here for the code that it interrupted
 
+        def follow() -> None:
+            while (step := steps.get()) is not None:
+                self.ask(step)
+
+        threading.Thread(target=follow, name="sqla_river-signals", daemon=True).start()
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
@@ -283,10 +290,11 @@ class Runner:
                     raise RunnerError("too many handlers hang; this process ends, for its supervisor to start another")
             self.stop()
         finally:
-            self._step = 0
-            self._asked.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            steps.put(None)
+            self._step = 0
+            self._asked.clear()
 
     def __enter__(self) -> Self:
         self.start()

@@ -150,8 +150,8 @@ def _work(runner: Runner, line: Line | None) -> None:
         line.runner = runner
 
     def hang_up(*_: object) -> None:
-        if line is None:  # else the supervisor decides: it got the signal too
-            runner.ask(1)
+        if line is None:  # else it is for the supervisor to decide
+            signal.raise_signal(signal.SIGTERM)
 
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, hang_up)
