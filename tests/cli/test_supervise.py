@@ -71,7 +71,7 @@ def engine(url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    (tmp_path / "app.py").write_text(APP.replace("LEASE", "1.2"))
+    (tmp_path / "app.py").write_text(APP.replace("LEASE", "2"))
     return Ledger(tmp_path / "ledger")
 
 
@@ -251,7 +251,7 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
     words = folder / ".elsewhere" / "words.py"  # watched only because it is imported
     words.parent.mkdir()
     words.write_text("word = 'old'")
-    app = "import sys; sys.path.append('.elsewhere'); import words\n" + APP.replace("LEASE", "1.2")
+    app = "import sys; sys.path.append('.elsewhere'); import words\n" + APP.replace("LEASE", "2")
     app = app.replace('say("end"', "say(words.word")
     (folder / "app.py").write_text(app)
     with working(url, folder, "--reload", env={"PYTHONDONTWRITEBYTECODE": "1"}) as supervisor:

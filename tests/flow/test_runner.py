@@ -1278,6 +1278,41 @@ def test_run_gives_the_signals_back(engine: Engine) -> None:
     assert runner.id is None
 
 
+def test_what_is_asked_of_a_run_is_as_far_as_it_goes_however_often(engine: Engine) -> None:
+    gate = Gate()
+    job_id = make_job(engine)
+    runner = Runner(engine, handling(gate), queues={"default": 1})
+
+    def end() -> None:
+        gate.wait()
+        for _ in range(3):
+            runner.ask(2)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    runner.run()
+    ending.join()
+
+    assert gate.reasons == ["stop"]
+    assert (read_job(engine, job_id)["state"], read_job(engine, job_id)["attempt"]) == ("available", 0)
+
+
+def test_queues_may_be_changed_until_the_runner_starts(engine: Engine) -> None:
+    gate = Gate(opened=True)
+    runner = Runner(engine, handling(gate), queues={"default": 1})
+    runner.set_queues({"other": 2})
+    put(engine, 1, queue="other")
+
+    with runner:
+        gate.wait()
+        assert runner.started
+        with pytest.raises(RunnerError, match="stop"):
+            runner.set_queues({"default": 1})
+        eventually(lambda: runner.worked == 1)
+    with pytest.raises(ConfigError):
+        runner.set_queues({})
+
+
 # ---- settings -----------------------------------------------------------------------
 
 NOWHERE: Final = "postgresql+psycopg://nobody@192.0.2.1/nowhere"
