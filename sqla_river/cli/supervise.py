@@ -33,13 +33,17 @@ class Process:
 
     def __init__(self, place: int) -> None:
         self.line, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(  # noqa: S603 - the command that this process runs itself
-                [sys.executable, *sys.orig_argv[1:]],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, VARIABLE: str(theirs.fileno())},
-            )
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(  # noqa: S603 - the command that this process runs itself
+                    [sys.executable, *sys.orig_argv[1:]],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, VARIABLE: str(theirs.fileno())},
+                )
+        except OSError:
+            self.line.close()
+            raise
         self.line.setblocking(False)
         self.member = Member(place, self._popen.pid, time.monotonic())
         self._heard = b""

@@ -95,7 +95,7 @@ def parse_size(_ctx: click.Context, _option: click.Parameter, value: str | None)
     metavar="SIZE",
     envvar="SQLA_RIVER_MAX_RSS",
     show_envvar=True,
-    help="Replace a process that holds so much memory: 512M, 1.5G.",
+    help="Replace a process that holds so much memory: 512M, 1.5G; MiB without a unit.",
 )
 @click.option("--reload", is_flag=True, help="For development: start anew when a Python file changes.")
 @click.option(
