@@ -1297,22 +1297,6 @@ def test_what_is_asked_of_a_run_is_as_far_as_it_goes_however_often(engine: Engin
     assert (read_job(engine, job_id)["state"], read_job(engine, job_id)["attempt"]) == ("available", 0)
 
 
-def test_queues_may_be_changed_until_the_runner_starts(engine: Engine) -> None:
-    gate = Gate(opened=True)
-    runner = Runner(engine, handling(gate), queues={"default": 1})
-    runner.set_queues({"other": 2})
-    put(engine, 1, queue="other")
-
-    with runner:
-        gate.wait()
-        assert runner.started
-        with pytest.raises(RunnerError, match="stop"):
-            runner.set_queues({"default": 1})
-        eventually(lambda: runner.worked == 1)
-    with pytest.raises(ConfigError):
-        runner.set_queues({})
-
-
 # ---- settings -----------------------------------------------------------------------
 
 NOWHERE: Final = "postgresql+psycopg://nobody@192.0.2.1/nowhere"
