@@ -318,7 +318,7 @@ class Incarnation:
     def ask(self, step: int) -> None:
         """Go at least so far: 1 is to stop, 2 to interrupt, 3 to leave behind."""
         self.asked = max(self.asked, step)
-        self._changed.set()
+        self._held.changed.set()
 
     @property
     def _hurried(self) -> int:
