@@ -106,6 +106,8 @@ class Incarnation:
         self.stopping = False
         self.events = orders.events
         self._meters = orders.meters
+        self.worked = 0
+        self.asked = 0
         self._hurry = 0
         self._flush_by = math.inf
         self._checked = False
@@ -210,6 +212,7 @@ class Incarnation:
     def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
         self._counters.add((result.job.queue, state) for result, state in written)
         self._meters.tell("written", written)
+        self.worked += len(written)
         for result, state in written:
             delay = result.transition.delay
             if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
@@ -283,7 +286,7 @@ class Incarnation:
         if self._listener is not None:
             self._listener.start()
         until = time.monotonic() + READY_TIMEOUT
-        while not self._ready() and self._refused is None and time.monotonic() < until and not self._hurry:
+        while not (self._ready() or self._refused or self._hurry or self.asked) and time.monotonic() < until:
             time.sleep(0.005)
         if self._refused is not None:
             self.stop(0.0)
@@ -355,6 +358,16 @@ class Incarnation:
         self._hurry += 1
         self._held.changed.set()
 
+    def ask(self, step: int) -> None:
+        """Go at least so far: 1 is to stop, 2 to interrupt, 3 to leave behind."""
+        self.asked = max(self.asked, step)
+        self._held.changed.set()
+
+    @property
+    def _hurried(self) -> int:
+        """How many steps the stop is to go beyond waiting."""
+        return max(self._hurry, self.asked - 1)
+
     def stop(self, soft: float) -> None:
         self.stopping = self._held.stopping = True
         self._hurry = 0
@@ -392,14 +405,14 @@ class Incarnation:
         """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is
         hurried.
         """
-        hurried = self._hurry
+        hurried = self._hurried
         self._flush_by = deadline
         self._completing.stop()
         while self._completing.alive and time.monotonic() < self._flush_by:
             self._completing.join(0.05)
-            if self._hurry > hurried:
+            if self._hurried > hurried:
                 self._flush_by = min(self._flush_by, time.monotonic() + FLUSH_TIMEOUT)
-                hurried = self._hurry + 1
+                hurried = self._hurried + 1
         self._completing.join(0.1)
         if self.completer.backlog:
             log.error(
@@ -414,7 +427,7 @@ class Incarnation:
             self._held.changed.clear()
             self._held.give_back_waiting()
             left = deadline - time.monotonic()
-            if left <= 0 or self._hurry >= hurried:
+            if left <= 0 or self._hurried >= hurried:
                 return False
             if self._fetching.alive:
                 self._fetching.join(min(left, 0.05))

@@ -22,9 +22,7 @@ class Queues(Mapping[str, int]):
     """
 
     def __init__(self, slots: Mapping[str, int]) -> None:
-        if not slots:
-            raise ConfigError("queues is empty: a Runner needs at least one, as in queues={'default': 10}")
-        self._slots: Mapping[str, int] = {check_queue(name): _check_slots(name, slots[name]) for name in slots}
+        self._slots = _checked(slots)
         self._lock = threading.Lock()
         self._changed: Callable[[Mapping[str, int]], None] | None = None
 
@@ -47,6 +45,17 @@ class Queues(Mapping[str, int]):
                     f"write runner.queues['{name}'] = {slots} to change that"
                 )
             self._change({**self._slots, name: slots})
+
+    def replace(self, slots: Mapping[str, int]) -> None:
+        """Work these queues instead of all that were worked so far; see `add` and `remove`.
+
+        Raises:
+            ConfigError: no queue at all, or slots outside 1..10,000.
+            InvalidOptionError: a name that River does not take.
+        """
+        slots = _checked(slots)
+        with self._lock:
+            self._change(slots)
 
     def remove(self, name: str) -> None:
         """Work a queue no more. Its running jobs go on to their end; what was fetched and has not begun goes back at
@@ -120,6 +129,12 @@ class Queues(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return repr(self._slots)
+
+
+def _checked(slots: Mapping[str, int]) -> Mapping[str, int]:
+    if not slots:
+        raise ConfigError("queues is empty: a Runner needs at least one, as in queues={'default': 10}")
+    return {check_queue(name): _check_slots(name, slots[name]) for name in slots}
 
 
 def _check_slots(name: str, slots: object) -> int:

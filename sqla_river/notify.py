@@ -52,6 +52,10 @@ _announcers: dict[Any, "Announcer"] = {}
 _lock: Final = threading.Lock()
 
 
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could never enqueue
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
 def announce(connection: Connection, schema: str | None, queues: Iterable[str], mode: NotifyMode) -> None:
     """See that runners hear of *queues* when the transaction of *connection* commits, and only then.
 

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import queue
 import signal
 import threading
 import time
@@ -133,7 +134,8 @@ class Runner:
         self.workers = workers
         self.queues = Queues(queues)
         self.river: River[Any] = river if river is not None else River.of(Job)
-        self._stop_timeout = stop_timeout
+        self.lease = lease
+        self.stop_timeout = stop_timeout
         self._orders = Orders(
             engine,
             workers,
@@ -157,6 +159,15 @@ class Runner:
         )
         self._lifecycle = threading.Lock()
         self._incarnation: Incarnation | None = None
+        self._step = 0
+        self._asked = threading.Event()
+        for each in (
+            engine,
+            self._orders.listen_engine,
+            async_engine.sync_engine if async_engine is not None else None,
+        ):
+            if each is not None:
+                store.renew_in_forked_children(each)
 
     @property
     def id(self) -> str | None:
@@ -167,6 +178,16 @@ class Runner:
     def stale(self) -> int:
         """Outcomes that came too late and changed nothing, in this incarnation."""
         return self._incarnation.completer.stale if self._incarnation is not None else 0
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` has done its work, so that jobs are fetched."""
+        return self._incarnation is not None and self._incarnation.started
+
+    @property
+    def worked(self) -> int:
+        """Attempts whose outcome is written, in this incarnation."""
+        return self._incarnation.worked if self._incarnation is not None else 0
 
     @property
     def duties(self) -> Mapping[str, timedelta | None]:
@@ -230,13 +251,13 @@ class Runner:
             SchemaError: the tables are missing, old or damaged; it says which, and the cure.
             RunnerError: it runs already, or was started by the process that this one was forked from.
         """
+        if self._incarnation is not None and self._incarnation.pid != os.getpid():
+            # Before the lock, which another thread may have held at the fork: then nobody is left to release it.
+            raise RunnerError(
+                "this Runner was started before a fork, and its threads did not come along; make a new one in the child"
+            )
         with self._lifecycle:
             if self._incarnation is not None:
-                if self._incarnation.pid != os.getpid():
-                    raise RunnerError(
-                        "this Runner was started before a fork, and its threads did not come along; "
-                        "make a new one in the child"
-                    )
                 raise RunnerError("this Runner runs already; stop() it first, or make another one")
             self._check_workers()
             self._incarnation = incarnation = Incarnation(self._orders)
@@ -290,9 +311,20 @@ class Runner:
         incarnation.hurry()
         with self._lifecycle:
             if self._incarnation is incarnation:
-                incarnation.stop((timeout if timeout is not None else self._stop_timeout).total_seconds())
+                incarnation.stop((timeout if timeout is not None else self.stop_timeout).total_seconds())
                 self.queues.follow(None)
                 self._incarnation = None
+
+    def ask(self, step: int) -> None:
+        """Let `run` stop, and go at least so far: 1 is to stop, 2 to interrupt running jobs, 3 to leave them behind.
+
+        Returns at once, in any thread. Asking again for the same changes nothing: so a supervisor may pass on a signal
+        that has come here too.
+        """
+        self._step = max(self._step, step)
+        if self._incarnation is not None:
+            self._incarnation.ask(self._step)
+        self._asked.set()
 
     def run(self) -> None:
         """Work until SIGTERM or SIGINT, then stop; a second signal interrupts the running jobs, a third leaves them
@@ -307,18 +339,26 @@ class Runner:
             raise RunnerError(
                 "run() installs signal handlers and needs the main thread; use start() and stop() in another one"
             )
-        asked = threading.Event()
+        steps: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        signals = 0
 
         def on_signal(_signal: int, _frame: FrameType | None) -> None:
-            if self._incarnation is not None and (asked.is_set() or not self._incarnation.started):
-                self._incarnation.hurry()
-            asked.set()
+            nonlocal signals
+            signals += 1
+            steps.put(signals)  # what takes a lock, as an Event does, could wait here for the code that it interrupted
 
+        def follow() -> None:
+            while (step := steps.get()) is not None:
+                self.ask(step)
+
+        threading.Thread(target=follow, name="sqla_river-signals", daemon=True).start()
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
             incarnation = self._incarnation
-            while not asked.wait(0.5):
+            if incarnation is not None:
+                incarnation.ask(self._step)  # what came before there was one
+            while not self._asked.wait(0.5):
                 if incarnation is not None and incarnation.exhausted:
                     self.stop()
                     raise RunnerError("too many handlers hang; this process ends, for its supervisor to start another")
@@ -326,6 +366,9 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            steps.put(None)
+            self._step = 0
+            self._asked.clear()
 
     def __enter__(self) -> Self:
         self.start()

@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Protocol, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, Executable, RootTransaction, Transaction, func, select
 from sqlalchemy.exc import DBAPIError
@@ -117,6 +118,25 @@ def twin(engine: Engine) -> Engine:
     like = Engine(engine.pool.recreate(), engine.dialect, engine.url)
     options = dict(engine.get_execution_options())
     return like.execution_options(**options) if options else like
+
+
+_renewed: Final[WeakSet[Engine]] = WeakSet()
+
+
+def renew_in_forked_children(engine: Engine) -> None:
+    """See that a forked child gets a new pool for *engine*: its connections are the parent's, and two processes that
+    talk on one socket read each other's answers. It closes nothing, as SQLAlchemy advises for forks.
+    """
+    _renewed.add(engine)
+
+
+def _renew() -> None:
+    for engine in list(_renewed):
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 class OwnConnection:

@@ -8,20 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
-from sqlalchemy import create_engine, text
-from sqlalchemy.pool import NullPool
 
 from sqla_river.cli.work import find_runner
+from tests.commands import ROOT, ask, environment, read_until, run, start, wait_for
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from sqla_river.cli import main; main()"]
 COMMANDS = ("demo", "migrate", "stats")
-SAYS_ELSE = ("DATABASE_URL", "TEST_DATABASE_URL", "SQLA_RIVER_DATABASE_URL", "SQLA_RIVER_SCHEMA", "SQLA_RIVER_APP")
 HURRY = {"SHOP_PAY_WITHIN": "2", "SHOP_SMS_PAUSE": "0.2", "SHOP_SENDING_TAKES": "0.01"}
 SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'sqla_river_demo%'"
 TABLES = "SELECT array_agg(oid::regclass::text ORDER BY oid) FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
@@ -60,47 +56,6 @@ def base() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def environment(more: Mapping[str, str]) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if name not in SAYS_ELSE}
-    return {**plain, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "100", **more}
-
-
-def run(*words: str, cwd: Path = ROOT, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *words], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def start(*words: str, cwd: Path = ROOT, env: Mapping[str, str] = {}) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*COMMAND, *words],
-        cwd=cwd,
-        env=environment(env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def read_until(process: subprocess.Popen[str], words: str) -> str:
-    """What *process* says, up to the line that holds *words*."""
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if words in line:
-            return said
-    pytest.fail(f"it ended without a word of {words!r}:\n{said}")
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not what():
-        assert time.monotonic() < deadline, "waited 20 seconds in vain"
-        time.sleep(0.001)
-
-
 def traces(base: Path) -> list[str]:
     """Folders and processes that are left of what ran with *base* as its TMPDIR."""
     found = [str(path) for path in base.iterdir()]
@@ -111,13 +66,6 @@ def traces(base: Path) -> list[str]:
         except OSError:  # ended meanwhile, or not ours
             continue
     return found
-
-
-def ask(url: str, sql: str) -> object:
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.begin() as connection:
-        result = connection.execute(text(sql))
-        return result.scalar() if result.returns_rows else None
 
 
 # ---- demo -----------------------------------------------------------------------------------------------------------
@@ -269,8 +217,10 @@ def test_stats_of_no_jobs_and_of_no_tables(url: str, empty_url: str) -> None:
 # ---- work -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("app", ["greeting:runner", "greeting:make"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("app", "number"),
+    [("greeting:runner", signal.SIGTERM), ("greeting:make", signal.SIGINT), ("greeting:runner", signal.SIGHUP)],
+)
 def test_work_works_until_a_signal_and_ends_with_0(url: str, tmp_path: Path, app: str, number: signal.Signals) -> None:
     (tmp_path / "greeting.py").write_text(WORKER.format(url=url))
     ask(url, """INSERT INTO river_job (kind, args) VALUES ('greet', '{"name": "Ada"}')""")

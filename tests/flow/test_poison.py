@@ -1,6 +1,5 @@
 """A job that kills its process: it ends alone, and costs nobody else anything but time."""
 
-import subprocess
 import time
 from datetime import timedelta
 from itertools import pairwise
@@ -12,19 +11,19 @@ from sqlalchemy import Engine, text
 
 from sqla_river.context import JobContext
 from sqla_river.fetch import alone
-from tests.crashing import Ledger, bury, spawn, suspects, working
+from tests.commands import start
+from tests.crashing import Ledger, suspects, working
 from tests.making import Count, Gate, count_states, eventually, make_job, make_jobs, read_job, read_jobs
 
 KILLER: Final = 666
-PROGRAM: Final = """
-import os, sys
+APP: Final = """
+import os
 from datetime import timedelta
 from sqlalchemy import create_engine
 from sqla_river import Runner, Workers
 from tests.making import Count
 
-url, ledger = sys.argv[1:]
-book = os.open(ledger, os.O_WRONLY | os.O_APPEND)
+book = os.open("ledger", os.O_WRONLY | os.O_APPEND)
 workers = Workers()
 
 @workers.register(Count)
@@ -34,37 +33,34 @@ def work(job):
         os._exit(1)
     os.write(book, f"end {job.id} {os.getpid()}\\n".encode())
 
-times = {"heartbeat": timedelta(seconds=0.5), "lease": timedelta(seconds=2)}
-Runner(create_engine(url), workers, queues={"default": 20}, **times).run()
+times = {"heartbeat": timedelta(seconds=0.5), "lease": timedelta(seconds=1.5)}
+runner = Runner(create_engine(os.environ["DATABASE_URL"]), workers, queues={"default": 20}, **times)
 """
 
 
-def _a_killer_among(good: int, url: str, engine: Engine, ledger: Ledger, within: float) -> None:
+def _a_killer_among(good: int, url: str, engine: Engine, folder: Path, within: float) -> None:
+    """Under the supervisor of the command line: one process rescues while another waits for its start."""
     last_attempt = make_job(engine, max_attempts=1, priority=4)
     killer = make_job(engine, args={"number": KILLER})
     make_jobs(engine, good)
-    deaths = 0
-    running: subprocess.Popen[bytes] = spawn(PROGRAM, url, ledger.path)
-    deadline = time.monotonic() + within
+    (folder / "app.py").write_text(APP)
+    ledger = Ledger(folder / "ledger")
+    supervisor = start("work", "-A", "app:runner", "--processes", "2", cwd=folder, env={"DATABASE_URL": url})
     try:
-        while set(count_states(engine)) & {"available", "running", "retryable"}:
-            assert time.monotonic() < deadline, (deaths, count_states(engine), suspects(engine))
-            if running.poll() is not None:  # what a supervisor does
-                assert running.returncode == 1
-                deaths += 1
-                running = spawn(PROGRAM, url, ledger.path)
-            time.sleep(0.05)
+        eventually(lambda: not set(count_states(engine)) & {"available", "running", "retryable"}, within, "the jobs")
         eventually(lambda: suspects(engine) == {}, what="the suspects to be cleared")
-        running.terminate()
-        assert running.wait(20) == 0
+        supervisor.terminate()
+        said, _ = supervisor.communicate(timeout=30)
+        assert supervisor.returncode == 0, said
     finally:
-        bury(running)
+        supervisor.kill()
 
+    deaths = said.count("ended with exit code 1")
     rows = {row["id"]: row for row in read_jobs(engine)}
     row = rows.pop(killer)
     assert row["state"] == "discarded"
     assert "died 3 times while this job ran alone" in row["all_errors"][-1]["error"]
-    assert row["attempt"] == deaths == 5  # twice in company, three times alone
+    assert row["attempt"] == deaths == 5, said  # twice in company, three times alone
     rows.pop(last_attempt)  # the only one that could be discarded, had it been in company
     assert {each["state"] for each in rows.values()} == {"completed"}
     assert max(each["attempt"] for each in rows.values()) <= 3
@@ -80,14 +76,14 @@ def _a_killer_among(good: int, url: str, engine: Engine, ledger: Ledger, within:
 def test_a_killer_among_two_thousand_is_discarded_after_three_deaths_alone(
     url: str, engine: Engine, tmp_path: Path
 ) -> None:
-    _a_killer_among(2_000, url, engine, Ledger(tmp_path / "ledger"), within=120)
+    _a_killer_among(2_000, url, engine, tmp_path, within=120)
 
 
 @pytest.mark.slow
 def test_a_killer_among_ten_thousand_is_discarded_after_three_deaths_alone(
     url: str, engine: Engine, tmp_path: Path
 ) -> None:
-    _a_killer_among(10_000, url, engine, Ledger(tmp_path / "ledger"), within=300)
+    _a_killer_among(10_000, url, engine, tmp_path, within=300)
 
 
 def _suspect(engine: Engine, **columns: Any) -> int:

@@ -1243,41 +1243,6 @@ def test_a_third_signal_leaves_them_behind_at_once(url: str, engine: Engine) -> 
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
 
 
-FORK: Final = """
-import os, sys, warnings
-warnings.simplefilter("ignore", DeprecationWarning)
-from sqlalchemy import create_engine
-from sqla_river import Runner, Workers
-from sqla_river.errors import RunnerError
-
-runner = Runner(create_engine(sys.argv[1]), Workers(), queues={"default": 1})
-runner.start()
-child = os.fork()
-if child == 0:
-    code = 1
-    try:
-        runner.stop()  # it is the parent's: nothing happens
-        runner.start()
-    except RunnerError as error:
-        code = 0 if "fork" in str(error) else 2
-    finally:
-        os._exit(code)
-_, status = os.waitpid(child, 0)
-alive = runner.id is not None
-runner.stop()
-print(os.waitstatus_to_exitcode(status), alive)
-"""
-
-
-def test_a_runner_refuses_to_work_in_a_forked_child(url: str, engine: Engine) -> None:
-    command = [sys.executable, "-c", FORK, url]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False)
-
-    assert ended.stdout == "0 True\n", ended.stderr
-
-
 def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:
     failures: list[BaseException] = []
 
@@ -1311,6 +1276,25 @@ def test_run_gives_the_signals_back(engine: Engine) -> None:
 
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert runner.id is None
+
+
+def test_what_is_asked_of_a_run_is_as_far_as_it_goes_however_often(engine: Engine) -> None:
+    gate = Gate()
+    job_id = make_job(engine)
+    runner = Runner(engine, handling(gate), queues={"default": 1})
+
+    def end() -> None:
+        gate.wait()
+        for _ in range(3):
+            runner.ask(2)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    runner.run()
+    ending.join()
+
+    assert gate.reasons == ["stop"]
+    assert (read_job(engine, job_id)["state"], read_job(engine, job_id)["attempt"]) == ("available", 0)
 
 
 # ---- settings -----------------------------------------------------------------------

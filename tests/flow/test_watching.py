@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from sqla_river.cli.stats import BARS, bars
-from tests.flow.test_cli import COMMAND, ROOT, WORKER, environment, read_until, run, start, wait_for
+from tests.commands import COMMAND, ROOT, environment, read_until, run, start, wait_for
+from tests.flow.test_cli import WORKER
 
 
 def get(port: str, path: str) -> str:

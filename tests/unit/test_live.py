@@ -29,6 +29,18 @@ def test_a_runner_that_does_not_work_takes_changes_for_its_next_start() -> None:
     assert given == {"default": 10}
 
 
+def test_all_may_be_replaced_at_once_and_are_checked_as_the_first_were() -> None:
+    queues = Queues({"default": 10})
+    queues.replace({"mail": 5, "sms": 1})
+
+    assert queues == {"mail": 5, "sms": 1}
+    with pytest.raises(ConfigError):
+        queues.replace({})
+    with pytest.raises(InvalidOptionError):
+        queues.replace({"a b": 1})
+    assert queues == {"mail": 5, "sms": 1}
+
+
 @pytest.mark.parametrize("slots", [0, -1, 10_001, 1.0, "1", True, None])
 def test_slots_are_1_to_10000(slots: Any) -> None:
     queues = Queues({"default": 10_000})
