@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
     {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody
     {"runner"},  # 12 the face of the worker
-    {"cli", "testing"},  # 13 skins
+    {"cli", "ext", "testing"},  # 13 skins
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,0 +1,1 @@
+"""At home in frameworks: one module each, and each an extra of its own."""
