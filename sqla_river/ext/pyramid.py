@@ -65,13 +65,6 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "sqla_river.ext.pyramid needs pyramid; run pip install 'sqla-river[pyramid]'", name="pyramid"
     ) from error
-try:
-    from transaction.interfaces import NoTransaction
-except ModuleNotFoundError:  # then no request has a tm
-
-    class NoTransaction(Exception):  # type: ignore[no-redef]  # noqa: N818
-        """Never raised."""
-
 
 KEY: Final = "sqla_river"
 """Where an application's `PyramidRiver` stands in its registry."""
@@ -256,6 +249,8 @@ class Around:
 
 def _committed(tm: Any, job: JobContext[Any], call_next: Callable[[JobContext[Any]], Any], *, own: bool) -> Any:
     """What the handler returns, in a transaction of *tm*; *own* says that the job has one of its own around it."""
+    from transaction.interfaces import NoTransaction
+
     begun = tm.begin()
     try:
         outcome = call_next(job)
@@ -271,6 +266,8 @@ def _committed(tm: Any, job: JobContext[Any], call_next: Callable[[JobContext[An
 
 
 def _check_goes_on(tm: Any, begun: object) -> None:
+    from transaction.interfaces import NoTransaction
+
     with suppress(NoTransaction):  # from a manager in explicit mode
         if tm.get() is begun:
             return
