@@ -1,6 +1,6 @@
 """``request.dbsession``, joined to ``request.tm``, as Pyramid's own starter for SQLAlchemy has it."""
 
-from typing import Any
+from typing import Any, cast
 
 import zope.sqlalchemy
 from sqlalchemy.orm import Session
@@ -13,5 +13,5 @@ def includeme(config: Any) -> None:
 
 def dbsession(request: Any) -> Session:
     session: Session = request.registry["dbsession_factory"]()
-    zope.sqlalchemy.register(session, transaction_manager=request.tm)
+    cast("Any", zope.sqlalchemy).register(session, transaction_manager=request.tm)
     return session

@@ -1,9 +1,9 @@
 """A job that needs Pyramid: a receipt is a page, and has the address of one."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import attrs
-from pyramid.renderers import render
+from pyramid import renderers
 from pyramid.threadlocal import get_current_request
 from sqlalchemy import ForeignKey
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -31,7 +31,7 @@ class WriteReceipt:
 @workers.register(WriteReceipt, transactional=True)
 def write_receipt(job: JobContext[WriteReceipt], session: Session) -> None:
     """The receipt commits with the job: there is exactly one."""
-    request: Any = get_current_request()
+    request = cast("Any", get_current_request())
     order = session.get_one(Order, job.args.order_id)
-    text = render("pyramid_shop:templates/receipt.jinja2", {"order": order}, request=request)
+    text = cast("Any", renderers).render("pyramid_shop:templates/receipt.jinja2", {"order": order}, request=request)
     request.dbsession.add(Receipt(order_id=order.id, text=text))  # this is the session that the handler was given

@@ -4,7 +4,6 @@ from typing import Any
 
 from pyramid.httpexceptions import HTTPConflict, HTTPNotFound, HTTPSeeOther
 from pyramid.response import Response
-from pyramid.view import exception_view_config, view_config
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
@@ -15,7 +14,20 @@ from shop.payment import payment_callback, place_order
 from sqla_river import Job
 
 
-@view_config(route_name="home", renderer="pyramid_shop:templates/home.jinja2")
+def includeme(config: Any) -> None:
+    config.add_route("home", "/")
+    config.add_route("orders", "/orders")
+    config.add_route("pay", "/orders/{order_id}/pay")
+    config.add_route("receipt", "/orders/{order_id}/receipt")
+    config.add_route("notices", "/notices")
+    config.add_view(home, route_name="home", renderer="pyramid_shop:templates/home.jinja2")
+    config.add_view(place, route_name="orders", request_method="POST")
+    config.add_view(pay, route_name="pay", request_method="POST")
+    config.add_view(receipt, route_name="receipt")
+    config.add_view(send_notices, route_name="notices", request_method="POST")
+    config.add_exception_view(sold_out, context=IntegrityError)
+
+
 def home(request: Any) -> dict[str, Any]:
     session = request.dbsession
     return {
@@ -26,14 +38,12 @@ def home(request: Any) -> dict[str, Any]:
     }
 
 
-@view_config(route_name="orders", request_method="POST")
-def order(request: Any) -> Response:
+def place(request: Any) -> Response:
     session = request.dbsession
     place_order(session, session.scalars(select(Customer)).one(), session.scalars(select(Product)).one())
     return HTTPSeeOther(request.route_path("home"))
 
 
-@view_config(route_name="pay", request_method="POST")
 def pay(request: Any) -> Response:
     order_id = int(request.matchdict["order_id"])
     if not payment_callback(request.dbsession, order_id, reference=f"bank-{order_id}"):
@@ -42,7 +52,6 @@ def pay(request: Any) -> Response:
     return HTTPSeeOther(request.route_path("home"))
 
 
-@view_config(route_name="notices", request_method="POST")
 def send_notices(request: Any) -> Response:
     """A hundred to each customer: by COPY, in the transaction of the request."""
     addresses = request.dbsession.scalars(select(Customer.email)).all()
@@ -50,7 +59,6 @@ def send_notices(request: Any) -> Response:
     return HTTPSeeOther(request.route_path("home"))
 
 
-@view_config(route_name="receipt")
 def receipt(request: Any) -> Response:
     found = request.dbsession.get(Receipt, int(request.matchdict["order_id"]))
     if found is None:
@@ -58,6 +66,5 @@ def receipt(request: Any) -> Response:
     return Response(found.text)
 
 
-@exception_view_config(IntegrityError)
 def sold_out(_error: IntegrityError, _request: Any) -> Response:
     return HTTPConflict("Sold out.")

@@ -5,6 +5,7 @@ Pyramid is told in a line.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,15 +40,16 @@ def _work(config_uri: str, variables: dict[str, str], queues: str | None) -> int
             raise
         return _told(error)
     from plaster import PlasterError
-    from pyramid.paster import bootstrap, setup_logging
+    from pyramid import paster
     from sqlalchemy.exc import DBAPIError
 
     from sqla_river.errors import RiverError
 
+    paste: Any = paster
     try:
-        setup_logging(config_uri, global_conf=variables)
+        paste.setup_logging(config_uri, global_conf=variables)
         # The request of bootstrap is closed again before the work begins: it would hold its session all the time.
-        with bootstrap(config_uri, options=variables) as environment:
+        with paste.bootstrap(config_uri, options=variables) as environment:
             options = {"queues": ext.parse_queues(queues)} if queues is not None else {}
             runner = ext.runner(environment["registry"], **options)
         runner.run()

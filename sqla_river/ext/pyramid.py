@@ -55,10 +55,9 @@ from sqla_river.session import AnySession, sync_session
 from sqla_river.workers import Workers
 
 try:
+    from pyramid import scripting, threadlocal
     from pyramid.interfaces import IRequestFactory
     from pyramid.request import Request
-    from pyramid.scripting import prepare
-    from pyramid.threadlocal import manager as stacked
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "pyramid":
         raise
@@ -169,7 +168,7 @@ class PyramidRiver:
         try:
             return getattr(request, self._session)
         except AttributeError:
-            if hasattr(type(request), self._session):
+            if hasattr(cast("Any", type(request)), self._session):
                 raise  # from within: the application's own
             raise ConfigError(
                 f"the request has no {self._session!r}; let the setting sqla_river.session name the attribute that is "
@@ -181,11 +180,12 @@ class PyramidRiver:
         """A request as `pyramid.scripting.prepare` makes it, current in this thread until the block ends."""
         request = None
         if self._base_url is not None:
-            factory = self._registry.queryUtility(IRequestFactory, default=Request)
+            factory: Any = self._registry.queryUtility(IRequestFactory, default=Request)
             request = factory.blank("/", base_url=self._base_url)
+        stacked = cast("Any", threadlocal).manager
         depth = len(stacked.stack)
         try:
-            with prepare(request=request, registry=self._registry) as environment:
+            with cast("Any", scripting).prepare(request=request, registry=self._registry) as environment:
                 yield environment["request"]
         finally:
             # A root factory or a finished callback that raises leaves the request current, in the thread of a slot.
@@ -194,7 +194,12 @@ class PyramidRiver:
 
     def runner(self, options: Mapping[str, Any]) -> Runner:
         """See the function `runner`."""
-        said = {"queues": self._queues, "sessions": self._registry.get(FACTORY), **self.options, **options}
+        said: dict[str, Any] = {
+            "queues": self._queues,
+            "sessions": self._registry.get(FACTORY),
+            **self.options,
+            **options,
+        }
         workers = Workers()
         for each in self.workers:  # not before now: handlers may have been registered since
             workers.include(each)

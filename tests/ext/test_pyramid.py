@@ -3,17 +3,18 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import pytest
 import transaction
 import zope.sqlalchemy
-from pyramid.config import Configurator
+from pyramid import config as pyramid_config
+from pyramid import request as pyramid_request
+from pyramid import threadlocal
 from pyramid.exceptions import ConfigurationConflictError
-from pyramid.request import Request
 from pyramid.response import Response
-from pyramid.threadlocal import get_current_request, manager
 from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -24,7 +25,12 @@ from sqla_river.ext import priver
 from sqla_river.ext.pyramid import parse_queues, river_of, runner
 from tests.database import emptied, shared_database
 from tests.making import Count, Greet, eventually
-from tests.working import HOUR, Base, Note, errors, notes, put, settled
+from tests.working import HOUR, Base, Note, after, errors, notes, nothing, put, settled
+
+Configurator: Any = cast("Any", pyramid_config).Configurator  # Pyramid has no types
+Request: Any = cast("Any", pyramid_request).Request
+get_current_request: Any = cast("Any", threadlocal).get_current_request
+manager: Any = cast("Any", threadlocal).manager
 
 workers = Workers()
 """Named by `test_a_directive_takes_workers_or_their_dotted_name`."""
@@ -54,16 +60,19 @@ def zoped(factory: "sessionmaker[Session]", request: Any) -> Session:
     return session
 
 
-def configured(engine: Engine, *, tm: bool = True, **settings: Any) -> Any:
+def plain(factory: "sessionmaker[Session]", _request: Any) -> Session:
+    """The session of a request, as an application without a transaction manager makes it."""
+    return factory()
+
+
+def configured(engine: Engine, settings: Mapping[str, Any] = {}, *, tm: bool = True) -> Any:
     """A Configurator with sessions, and with us."""
-    config: Any = Configurator(settings={"tm.manager_hook": "pyramid_tm.explicit_manager", **settings})
+    config = Configurator(settings={"tm.manager_hook": "pyramid_tm.explicit_manager", **settings})
     factory = sessionmaker(engine)
     config.registry["dbsession_factory"] = factory
     if tm:
         config.include("pyramid_tm")
-        config.add_request_method(lambda request: zoped(factory, request), "dbsession", reify=True)
-    else:
-        config.add_request_method(lambda _: factory(), "dbsession", reify=True)
+    config.add_request_method(partial(zoped if tm else plain, factory), "dbsession", reify=True)
     config.include("sqla_river.ext.pyramid")
     return config
 
@@ -154,8 +163,8 @@ def test_without_a_transaction_manager_the_session_decides(engine: Engine) -> No
 
 
 def test_the_session_may_have_another_name(engine: Engine) -> None:
-    config = configured(engine, tm=False, **{"sqla_river.session": "db"})
-    config.add_request_method(lambda _: Session(engine), "db", reify=True)
+    config = configured(engine, {"sqla_river.session": "db"}, tm=False)
+    config.add_request_method(partial(plain, sessionmaker(engine)), "db", reify=True)
     config.commit()
 
     with river_of(config.registry).request() as request:
@@ -168,10 +177,10 @@ def test_a_request_without_a_session_is_told_the_setting(engine: Engine) -> None
     def broken(request: Any) -> Any:
         return request.nothing_of_that_name
 
-    config = configured(engine, **{"sqla_river.session": "db"})
+    config = configured(engine, {"sqla_river.session": "db"})
     config.add_request_method(broken, "broken", reify=True)
     config.commit()
-    other = configured(engine, **{"sqla_river.session": "broken"})
+    other = configured(engine, {"sqla_river.session": "broken"})
     other.add_request_method(broken, "broken", reify=True)
     other.commit()
 
@@ -188,7 +197,7 @@ def test_a_request_without_a_session_is_told_the_setting(engine: Engine) -> None
 
 
 def test_including_needs_no_setting_and_no_workers() -> None:
-    config: Any = Configurator()
+    config = Configurator()
     config.include("sqla_river.ext.pyramid")
     config.commit()
 
@@ -204,7 +213,7 @@ def test_without_the_include_a_runner_says_what_to_write() -> None:
 
 def test_settings_make_the_river_and_the_queues(engine: Engine) -> None:
     said = {"sqla_river.schema": "jobs", "sqla_river.notify": "off", "sqla_river.queues": "default=3\nemails=5"}
-    config = configured(engine, **said)
+    config = configured(engine, said)
     working(config, greet)
     river = river_of(config.registry).river
 
@@ -212,7 +221,7 @@ def test_settings_make_the_river_and_the_queues(engine: Engine) -> None:
     assert river.settings.notify == "off"
     assert runner(config.registry).queues == {"default": 3, "emails": 5}
     assert runner(config.registry, queues={"default": 1}).queues == {"default": 1}
-    assert river_of(configured(engine, **said).registry).river.job_class is river.job_class
+    assert river_of(configured(engine, said).registry).river.job_class is river.job_class
 
 
 @pytest.mark.parametrize(
@@ -240,7 +249,7 @@ def test_a_river_of_its_own_and_its_settings_exclude_each_other(engine: Engine) 
     config = configured(engine)
     config.set_river_options(river=own)
     config.commit()
-    both = configured(engine, **{"sqla_river.notify": "off"})
+    both = configured(engine, {"sqla_river.notify": "off"})
     both.set_river_options(river=own)
     both.commit()
 
@@ -250,7 +259,7 @@ def test_a_river_of_its_own_and_its_settings_exclude_each_other(engine: Engine) 
 
 
 def test_a_wrong_mode_is_refused_when_the_river_is_made() -> None:
-    config: Any = Configurator(settings={"sqla_river.notify": "loudly", "sqla_river.schema": "mode"})
+    config = Configurator(settings={"sqla_river.notify": "loudly", "sqla_river.schema": "mode"})
     config.include("sqla_river.ext.pyramid")
 
     with pytest.raises(InvalidOptionError, match="'loudly'"):
@@ -263,7 +272,7 @@ def test_workers_are_an_object_or_its_dotted_name(engine: Engine) -> None:
     late = Workers()
     config.add_river_workers(late)
     config.commit()
-    late.register(Count)(greet)
+    late.register(Count)(nothing)
 
     assert runner(config.registry).workers.kinds == [Count.kind, Greet.kind]
 
@@ -335,9 +344,9 @@ def test_each_job_has_a_request_and_a_transaction_of_its_own(engine: Engine) -> 
             request.tm.doom()
         return Snooze(HOUR) if number == 4 else None
 
-    config = configured(engine, **{"sqla_river.base_url": "https://shop.example.org/eu"})
+    config = configured(engine, {"sqla_river.base_url": "https://shop.example.org/eu"})
     config.add_route("home", "/home")
-    registry = working(config, handler, retry=lambda _: HOUR)
+    registry = working(config, handler, retry=after(HOUR))
     ids = put(engine, 0, 1, 2, 3, 4, queue="first")
     with runner(registry, queues={"first": 1}):
         rows = [settled(engine, job_id) for job_id in ids]
@@ -358,10 +367,13 @@ def test_a_request_that_cannot_be_made_or_closed_fails_the_attempt_and_leaves_no
 ) -> None:
     depths: list[int] = []
 
+    def fails(_: Any) -> None:
+        raise LookupError("at the end")
+
     def handler(job: JobContext[Count]) -> None:
         depths.append(len(manager.stack))
         if job.args.number == 1:
-            get_current_request().add_finished_callback(lambda _: 1 / 0)
+            get_current_request().add_finished_callback(fails)
 
     def root(request: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -371,12 +383,12 @@ def test_a_request_that_cannot_be_made_or_closed_fails_the_attempt_and_leaves_no
 
     config = configured(engine)
     config.set_root_factory(root)
-    registry = working(config, handler, retry=lambda _: HOUR)
+    registry = working(config, handler, retry=after(HOUR))
     ids = put(engine, 0, 1, 2)
     with runner(registry, queues={"default": 1}):
         rows = [settled(engine, job_id) for job_id in ids]
 
-    assert [errors(row) for row in rows] == [["LookupError: no root"], ["ZeroDivisionError: division by zero"], []]
+    assert [errors(row) for row in rows] == [["LookupError: no root"], ["LookupError: at the end"], []]
     assert depths == [1] * 5
 
 
@@ -400,7 +412,7 @@ def test_in_a_transactional_job_the_session_of_the_request_is_the_jobs(engine: E
         if job.args.number == 1:
             raise LookupError
 
-    registry = working(configured(engine), handler, transactional=True, retry=lambda _: HOUR)
+    registry = working(configured(engine), handler, transactional=True, retry=after(HOUR))
     ids = put(engine, 0, 1, queue="first")
     with runner(registry, queues={"first": 2}):
         rows = [settled(engine, job_id) for job_id in ids]
@@ -414,20 +426,15 @@ def test_in_a_transactional_job_the_session_of_the_request_is_the_jobs(engine: E
 def test_a_transactional_job_that_ends_the_transaction_manager_stores_nothing(
     engine: Engine, *, explicit: bool
 ) -> None:
-    ends: dict[int, Any] = {
-        0: lambda tm: tm.abort(),
-        1: lambda tm: tm.doom(),
-        2: lambda tm: (tm.commit(), tm.begin()),
-    }
-
     def handler(job: JobContext[Count], session: Session) -> None:
-        ends[job.args.number](write(f"note {job.args.number}").tm)
+        tm = write(f"note {job.args.number}").tm
+        ends = [(tm.abort,), (tm.doom,), (tm.commit, tm.begin)]
+        for end in ends[job.args.number]:
+            end()
 
     hook = "pyramid_tm.explicit_manager" if explicit else None
-    registry = working(
-        configured(engine, **{"tm.manager_hook": hook}), handler, transactional=True, retry=lambda _: HOUR
-    )
-    ids = put(engine, *ends)
+    registry = working(configured(engine, {"tm.manager_hook": hook}), handler, transactional=True, retry=after(HOUR))
+    ids = put(engine, 0, 1, 2)
     with runner(registry):
         rows = [settled(engine, job_id) for job_id in ids]
 
@@ -445,9 +452,10 @@ def test_transactional_sessions_are_of_the_applications_class(engine: Engine) ->
     def handler(_: JobContext[Count], session: Session) -> None:
         seen.append(isinstance(session, Own) and not session.expire_on_commit)
 
-    for kind in (sessionmaker, lambda **said: scoped_session(sessionmaker(**said))):
+    factory = sessionmaker(engine, class_=Own, expire_on_commit=False)
+    for given in (factory, scoped_session(factory)):
         config = configured(engine)
-        config.registry["dbsession_factory"] = kind(bind=engine, class_=Own, expire_on_commit=False)
+        config.registry["dbsession_factory"] = given
         assert outcome(engine, working(config, handler, transactional=True))["state"] == "completed"
     config = configured(engine)
     del config.registry["dbsession_factory"]
@@ -495,6 +503,6 @@ def test_middleware_of_the_application_runs_inside_the_request(engine: Engine) -
 
     config = configured(engine)
     config.set_river_options(middleware=[Middleware()])
-    outcome(engine, working(config, lambda _: None))
+    outcome(engine, working(config, nothing))
 
     eventually(lambda: seen == ["Request"])
