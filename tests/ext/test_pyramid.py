@@ -15,7 +15,7 @@ from pyramid import request as pyramid_request
 from pyramid import threadlocal
 from pyramid.exceptions import ConfigurationConflictError
 from pyramid.response import Response
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -41,6 +41,9 @@ def greet(_: JobContext[Greet]) -> None:
     """Never called."""
 
 
+OTHERS = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
+
 @pytest.fixture(scope="module")
 def url(server: str, template: str) -> Iterator[str]:
     yield from shared_database(server, template)
@@ -48,9 +51,15 @@ def url(server: str, template: str) -> Iterator[str]:
 
 @pytest.fixture
 def engine(url: str) -> Iterator[Engine]:
+    """An engine whose connections must all be back when the test ends: none waits for the garbage collector."""
     for engine in emptied(url):
         Base.metadata.create_all(engine)
         yield engine
+        kept: int = cast("Any", engine.pool).checkedout()
+        if kept:
+            with engine.begin() as connection:  # else what comes next waits for their locks
+                connection.execute(text(f"SELECT pg_terminate_backend(pid) {OTHERS}"))
+        assert kept == 0
 
 
 def zoped(factory: "sessionmaker[Session]", request: Any) -> Session:
@@ -484,13 +493,20 @@ def test_sessions_that_zope_commits_are_refused_for_transactional_jobs(engine: E
 
 
 def test_an_async_handler_has_no_request(engine: Engine) -> None:
+    made: list[str] = []
     seen: list[Any] = []
+
+    def root(_: Any) -> None:
+        made.append(threading.current_thread().name)
 
     async def handler(_: JobContext[Count]) -> None:
         seen.append(get_current_request())
 
-    assert outcome(engine, working(configured(engine), handler))["state"] == "completed"
+    config = configured(engine)
+    config.set_root_factory(root)
+    assert outcome(engine, working(config, handler))["state"] == "completed"
     assert seen == [None]
+    assert made == [threading.current_thread().name]  # that of runner(), to find the engine
 
 
 def test_middleware_of_the_application_runs_inside_the_request(engine: Engine) -> None:
