@@ -43,18 +43,19 @@ def _work(config_uri: str, variables: dict[str, str], queues: str | None) -> int
     from pyramid import paster
     from sqlalchemy.exc import DBAPIError
 
-    from sqla_river.errors import RiverError
+    from sqla_river.errors import ConfigError, RiverError
 
     paste: Any = paster
     try:
+        options = {} if queues is None else {"queues": ext.parse_queues(queues)}
         paste.setup_logging(config_uri, global_conf=variables)
+    except (ConfigError, FileNotFoundError, PlasterError) as error:
+        return _told(error, 2)
+    try:
         # The request of bootstrap is closed again before the work begins: it would hold its session all the time.
         with paste.bootstrap(config_uri, options=variables) as environment:
-            options = {"queues": ext.parse_queues(queues)} if queues is not None else {}
             runner = ext.runner(environment["registry"], **options)
         runner.run()
-    except (FileNotFoundError, PlasterError) as error:
-        return _told(error, 2)
     except RiverError as error:
         return _told(error)
     except DBAPIError as error:

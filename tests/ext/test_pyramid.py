@@ -315,7 +315,7 @@ def test_a_missing_pyramid_is_told_with_the_name_of_the_extra() -> None:
 
 
 def test_a_command_line_that_cannot_be_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["no-such.ini"], ["no-such.ini", "port"], ["no-such:scheme://x"]):
+    for words in (["no-such.ini"], ["no-such.ini", "port"], ["no-such:scheme://x"], ["no-such.ini", "--queues", "x"]):
         with pytest.raises(SystemExit) as ended:
             priver.main(words)
         assert ended.value.code == 2
