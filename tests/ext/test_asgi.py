@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -63,7 +63,8 @@ async def served(app: Any, work: Callable[[], Any]) -> list[str]:
     return said
 
 
-APPLICATIONS: dict[str, Callable[[Any], Any]] = {
+Lifespan = Callable[[object], AbstractAsyncContextManager[None]]
+APPLICATIONS: dict[str, Callable[[Lifespan], Any]] = {
     "fastapi": lambda around: FastAPI(lifespan=around),
     "starlette": lambda around: Starlette(lifespan=around),
     "litestar": lambda around: Litestar(lifespan=[around]),
