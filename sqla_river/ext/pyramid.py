@@ -79,7 +79,9 @@ def includeme(config: Any) -> None:
     Raises:
         ConfigError: a setting that there is not, or that cannot be.
     """
-    config.registry[KEY] = PyramidRiver(config.registry, config.get_settings())
+    config.registry[KEY] = river = PyramidRiver(config.registry, config.get_settings())
+    # After set_river_options: what does not go together fails the start of the application, not its first request.
+    config.action(None, lambda: river.river, order=1)
     config.add_directive("add_river_workers", _add_workers)
     config.add_directive("set_river_options", _set_options)
     config.add_request_method(_enqueue, "enqueue")
