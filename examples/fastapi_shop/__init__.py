@@ -1,0 +1,1 @@
+"""The shop as a FastAPI application, whose process works the jobs too."""
