@@ -43,8 +43,10 @@ class Held:
         self._threads = Threads(sum(slots.values()), executor.execute, self._finished, "sqla_river-slot")
         self._event_loop = EventLoop(executor.execute_async, self._finished, "sqla_river-loop", last)
         self._unfinished: dict[int, JobRow] = {}
+        """By identity: a job may be fetched again before its last attempt has been taken out here."""
         self._given_up: set[JobRow] = set()
-        self._claims = threading.Lock()
+        self._open: dict[int, JobRow] = {}
+        """By job: the attempts that nobody has brought to their end yet; who takes one out does. No lock per job."""
         self._placing = threading.Lock()
         self.stopping = False
         """Whether nothing may begin any more: what is delivered goes back."""
@@ -54,7 +56,7 @@ class Held:
         """Set once more handlers hang than there are slots."""
 
     def __contains__(self, job_id: object) -> bool:
-        return job_id in self._unfinished
+        return job_id in self._open
 
     def __len__(self) -> int:
         return len(self._unfinished)
@@ -75,7 +77,8 @@ class Held:
             if unwanted:
                 self.give_back(unwanted)
                 rows = [row for row in rows if row.queue in self._slots]
-            self._unfinished.update((row.id, row) for row in rows)
+            self._unfinished |= {id(row): row for row in rows}
+            self._open |= {row.id: row for row in rows}
             loop = [row for row in rows if self._executor.is_async(row)]
             if loop:
                 self._event_loop.deliver(loop)
@@ -95,20 +98,24 @@ class Held:
 
     def _hand_on(self, result: Result) -> bool:
         """Put *result* and let go of its job; False where that was done before, because it was given up."""
-        with self._claims:
-            if self._unfinished.get(result.job.id) is not result.job:
-                return False
-            # First the result, or a stop might see neither; and once it is written the same job may be fetched again.
-            self._completer.put(result)
-            del self._unfinished[result.job.id]
-            return True
+        row = result.job
+        if self._open.get(row.id) is not row or self._open.pop(row.id, None) is not row:
+            return False
+        self._completer.put(result)  # first, or a stop might see neither
+        self._unfinished.pop(id(row), None)
+        return True
 
     def give_back(self, rows: Iterable[JobRow]) -> None:
         """Make *rows* available again, their attempt given back."""
         for row in rows:
             self._completer.put(Result(row, states.interrupted()))
-            self._unfinished.pop(row.id, None)
+            self._let_go(row)
             self._freed(row.queue)
+
+    def _let_go(self, row: JobRow) -> None:
+        if self._open.get(row.id) is row:
+            self._open.pop(row.id, None)
+        self._unfinished.pop(id(row), None)
 
     def give_back_waiting(self) -> None:
         """Give back what no slot has begun."""
@@ -144,7 +151,7 @@ class Held:
         with self._placing:
             for row in self._threads.take_back():
                 if row in lost:
-                    self._unfinished.pop(row.id, None)
+                    self._let_go(row)
                     self._freed(row.queue)
                 else:
                     keep.append(row)
