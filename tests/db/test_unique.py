@@ -15,7 +15,7 @@ from sqla_river.errors import UniqueNeedsEnqueueError
 from sqla_river.states import FINALIZED
 from tests.database import emptied, shared_database
 from tests.jobs import Ping
-from tests.making import eventually
+from tests.racing import Second
 
 BY_ARGS = Unique(by_args=True)
 
@@ -122,33 +122,6 @@ def test_it_joins_the_transaction(engine: Engine) -> None:
 
     assert jobs_in(engine) == []
     assert put(engine)[1] is True
-
-
-class Second:
-    """A second transaction that enqueues in a thread, and waits there for the first."""
-
-    def __init__(self, engine: Engine, work: Callable[[Session], Any], isolation: str = "READ COMMITTED") -> None:
-        self._engine = engine.execution_options(isolation_level=isolation)
-        self._work = work
-        self.outcome: Any = None
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            with Session(self._engine) as session, session.begin():
-                self.outcome = self._work(session)
-        except BaseException as error:  # noqa: BLE001 - looked at by the test
-            self.error = error
-
-    def waits(self, engine: Engine) -> None:
-        """Return once it waits for the other transaction."""
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            waiting = text(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            )
-            eventually(lambda: connection.execute(waiting).scalar_one() > 0, what="the second to wait")
 
 
 def enqueue_one(session: Session) -> tuple[int, bool]:
