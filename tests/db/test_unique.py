@@ -12,13 +12,16 @@ from sqlalchemy import Engine, MetaData, create_engine, event, select, text, upd
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from sqla_river import InsertOptions, Job, JobMixin, JobState, River, Unique, enqueue, enqueue_many
+from sqla_river import InsertOptions, Job, JobMixin, JobState, River, Unique, delete, enqueue, enqueue_many, retry
 from sqla_river.args import CattrsCodec, JobArgs
-from sqla_river.errors import InvalidOptionError, UniqueNeedsEnqueueError, UniqueRaceError
+from sqla_river.errors import InvalidOptionError, UniqueKeyTakenError, UniqueNeedsEnqueueError, UniqueRaceError
 from sqla_river.models import RiverBase
+from sqla_river.statements import SCHEDULE_DUE
 from sqla_river.states import FINALIZED
+from sqla_river.unique import ALWAYS
 from tests.database import emptied, shared_database
 from tests.jobs import Ping
+from tests.making import opened, read_jobs
 from tests.racing import Second
 from tests.river_vectors import MARKED, VECTORS, unique_of
 
@@ -373,6 +376,27 @@ def test_a_bulk_insert_waits_for_the_holder_and_counts_what_is_new(engine: Engin
     assert (inserted.count, inserted.skipped) == (count, 2 - count)
     assert [job_id is not None for job_id in inserted.ids] == [True, end == "rollback"]
     assert len(jobs_in(engine)) == 2
+
+
+def test_due_jobs_whose_key_a_newer_one_has_are_discarded_with_that_reason_and_the_others_go_on(engine: Engine) -> None:
+    """And a retry by hand names the holder, until that one lets go."""
+    unique: Any = {"unique": Unique(by_args=True, by_state=[*ALWAYS, JobState.DISCARDED])}  # not while it is retryable
+    old = [put(engine, number, **unique)[0] for number in range(5)]
+    for job_id in old:
+        move(engine, job_id, JobState.RETRYABLE)
+    new = [put(engine, number, **unique)[0] for number in range(3)]
+
+    with opened(engine) as own:
+        own.execute(SCHEDULE_DUE, {"p_schema": None})
+
+    rows = {row["id"]: row for row in read_jobs(engine)}
+    assert [rows[job_id]["state"] for job_id in old] == ["discarded"] * 3 + ["available"] * 2
+    assert {rows[job_id]["metadata"].get("unique_key_conflict") for job_id in old[:3]} == {"scheduler_discarded"}
+    with Session(engine) as session, session.begin():
+        with pytest.raises(UniqueKeyTakenError, match=f"job {new[0]} holds"):
+            retry(session, old[0])
+        delete(session, new[0])
+        assert retry(session, Job.id.in_(old[:2])).left == {old[1]: f"key taken by job {new[1]}"}
 
 
 def test_it_works_in_a_schema_of_its_own(empty_url: str) -> None:
