@@ -22,14 +22,15 @@ from sqla_river.errors import (
 )
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import check_priority, check_when
-from sqla_river.rows import place
+from sqla_river.rows import Heard, Place, place
 from sqla_river.session import AnySession, connect, load, mark_changed, sync_session
-from sqla_river.states import FINALIZED
+from sqla_river.states import FINALIZED, JobState
 
 J = TypeVar("J", bound=JobMixin)
 
 BATCH: Final = 1_000
 _UNIQUE_VIOLATION: Final = "23505"
+_AT_ONCE: Final = Place(JobState.AVAILABLE, None, told=True)
 
 
 @attrs.frozen
@@ -144,7 +145,7 @@ class JobVerbs(Generic[J]):
             UniqueKeyTakenError: another job holds its unique key; nothing is changed.
             UniqueRaceError: the same, of a job that this transaction cannot see (REPEATABLE READ).
         """
-        return self._do(_RETRY, session, which, told=True)
+        return self._do(_RETRY, session, which, placed=_AT_ONCE)
 
     @overload
     def delete(self, session: AnySession, which: int) -> J: ...
@@ -195,8 +196,8 @@ class JobVerbs(Generic[J]):
         when = check_when("scheduled_at", scheduled_at)
         connection = connect(sync_session(session), self.job_class)
         placed = place(when, False, partial(store.transaction_now, connection))
-        due = placed.state == "available"
-        return self._do(_RESCHEDULE, session, which, told=placed.told, p_scheduled_at=placed.at, p_due=due)
+        due = placed.state is JobState.AVAILABLE
+        return self._do(_RESCHEDULE, session, which, placed=placed, p_scheduled_at=placed.at, p_due=due)
 
     @overload
     def change_priority(self, session: AnySession, which: int, *, priority: int) -> J: ...
@@ -212,15 +213,15 @@ class JobVerbs(Generic[J]):
         return self._do(_CHANGE_PRIORITY, session, which, p_priority=check_priority(priority))
 
     def _do(
-        self, verb: _Verb, session: AnySession, which: int | Filter, *, told: bool = False, **given: Any
+        self, verb: _Verb, session: AnySession, which: int | Filter, *, placed: Place | None = None, **given: Any
     ) -> J | Changed:
         which = check_which(which, self.job_class)
         if not isinstance(which, int):
-            return self._many(verb, session, which, told=told, **given)
-        self._one(verb, session, which, told=told, **given)
+            return self._many(verb, session, which, placed=placed, **given)
+        self._one(verb, session, which, placed=placed, **given)
         return load(sync_session(session), which, self.job_class)
 
-    def _one(self, verb: _Verb, session: AnySession, job_id: int, *, told: bool = False, **given: Any) -> None:
+    def _one(self, verb: _Verb, session: AnySession, job_id: int, *, placed: Place | None = None, **given: Any) -> None:
         work = _Work(verb, session, self.job_class, given)
         seen = next(iter(work.run(verb.one, [job_id])), None)
         if seen is None:
@@ -231,10 +232,10 @@ class JobVerbs(Generic[J]):
             if seen.state == "running":
                 raise JobRunningError(job_id, verb.done)
             raise JobFinishedError(job_id, seen.state, verb.done)
-        work.finish([seen], told=told)
+        work.finish([seen], placed)
 
     def _many(
-        self, verb: _Verb, session: AnySession, which: Select[Any], *, told: bool = False, **given: Any
+        self, verb: _Verb, session: AnySession, which: Select[Any], *, placed: Place | None = None, **given: Any
     ) -> Changed:
         work = _Work(verb, session, self.job_class, given)
         changed: set[int] = set()
@@ -242,7 +243,7 @@ class JobVerbs(Generic[J]):
         for ids in _batches(work.connection, which, self.job_class):
             rows = {row.id: row for row in work.run(verb.many, ids)}
             done = [row for row in rows.values() if row.done]
-            work.finish(done, told=told)
+            work.finish(done, placed)
             changed.update(row.id for row in done)
             left |= work.reasons(rows, [job_id for job_id in ids if job_id not in rows])
         plain = work.session
@@ -285,13 +286,14 @@ class _Work:
                     ) from error
         raise AssertionError
 
-    def finish(self, done: Sequence[Any], *, told: bool) -> None:
-        """Tell whoever is to know of the jobs that were changed."""
-        if any(row.done for row in done):
+    def finish(self, rows: Sequence[Any], placed: Place | None) -> None:
+        """Tell whoever is to know of the jobs that were changed: of the new place of those that have one."""
+        done = [row for row in rows if row.done]
+        if done:
             mark_changed(self.session)
-        if told:
-            queues = {row.queue for row in done if row.done and row.now != "pending"}
-            notify.announce(self.connection, self._schema, queues, self._notify)
+        if placed is not None:
+            heard = Heard.of((row.queue, placed) for row in done if row.now != "pending")
+            notify.tell(self.connection, self._schema, heard, self._notify)
 
     def reasons(self, rows: Mapping[int, Any], missing: Sequence[int]) -> dict[int, str]:
         """Why jobs were left: those whose key is taken, and the *missing*, which are looked up."""
