@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from sqla_river import notify, statements, store
 from sqla_river.choice import Filter, check_which
+from sqla_river.config import NotifyMode
 from sqla_river.errors import (
     JobFinishedError,
     JobNotFoundError,
@@ -260,7 +261,7 @@ class _Work:
     def __init__(self, verb: _Verb, session: AnySession, job_class: type[JobMixin], given: Mapping[str, Any]) -> None:
         self._verb = verb
         self._given = given
-        self._notify = job_class.__river__.notify
+        self._notify: NotifyMode = job_class.__river__.notify
         self.session = sync_session(session)
         self.connection = connect(self.session, job_class)
         self._schema = store.real_schema(self.connection, declared_schema(job_class))

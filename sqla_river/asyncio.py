@@ -83,8 +83,11 @@ class _ChangePriority(Protocol):
     async def __call__(self, session: "AnyAsyncSession", /, which: Filter, *, priority: int) -> Changed: ...
 
 
-# What an overloaded verb becomes when awaited, no checker can derive.
-_awaited: Callable[[Any], Any] = awaited
+def _awaited(verb: Any) -> Any:
+    """What an overloaded verb becomes when awaited, mypy cannot derive."""
+    return awaited(verb)
+
+
 cancel: _OnJobs = _awaited(river.cancel)
 retry: _OnJobs = _awaited(river.retry)
 delete: _OnJobs = _awaited(river.delete)

@@ -1,6 +1,6 @@
 """Which jobs a caller means: one, by its id, or those that a select or a condition chooses."""
 
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Select, select
 
@@ -12,7 +12,7 @@ Filter = Select[Any] | ColumnElement[bool]
 """``select(Job).where(...)``, or its condition alone."""
 
 
-def check_which(which: object, job_class: type[JobMixin]) -> int | Select[Any]:
+def check_which(which: Any, job_class: type[JobMixin]) -> int | Select[Any]:
     """*which*, if it is the id of one job or chooses some, as a select.
 
     Raises:
@@ -23,16 +23,16 @@ def check_which(which: object, job_class: type[JobMixin]) -> int | Select[Any]:
         return which
     table = job_class.__table__
     if isinstance(which, Select):
-        chosen: Select[Any] = which
+        chosen = cast("Select[Any]", which)
         ours = table in chosen.columns_clause_froms
     elif isinstance(which, ColumnElement):
-        chosen = select(job_class).where(which)
+        chosen = select(job_class).where(cast("ColumnElement[bool]", which))
         ours = list(chosen.get_final_froms()) == [table]
     else:
         chosen, ours = select(job_class), False
     if not ours:
-        name = job_class.__name__
+        name, given = job_class.__name__, shown(cast("object", which))
         raise InvalidOptionError(
-            "which", f"expected the id of a job, select({name}).where(...) or a condition on {name}, got {shown(which)}"
+            "which", f"expected the id of a job, select({name}).where(...) or a condition on {name}, got {given}"
         )
     return chosen

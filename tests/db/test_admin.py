@@ -57,12 +57,26 @@ from tests.working import HOUR
 J: Final = JobState
 DAY: Final = timedelta(days=1)
 MARKED: Final = {"cancel_attempted_at": "2026-01-01T00:00:00Z", "mine": 1}
+
+
+def put_off(session: Any, which: Any) -> Any:
+    return cast("Any", reschedule)(session, which, scheduled_at=DAY)
+
+
+def bring_forward(session: Any, which: Any) -> Any:
+    return cast("Any", reschedule)(session, which, scheduled_at=-HOUR)
+
+
+def make_last(session: Any, which: Any) -> Any:
+    return cast("Any", change_priority)(session, which, priority=4)
+
+
 VERBS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "retry": retry,
     "delete": delete,
-    "reschedule": lambda session, which: reschedule(session, which, scheduled_at=DAY),
-    "reschedule, due": lambda session, which: reschedule(session, which, scheduled_at=-HOUR),
-    "change_priority": lambda session, which: change_priority(session, which, priority=4),
+    "reschedule": put_off,
+    "reschedule, due": bring_forward,
+    "change_priority": make_last,
 }
 RUNNING, FINISHED = JobRunningError, JobFinishedError
 
@@ -142,9 +156,10 @@ def test_one_job_is_changed_as_the_table_says_or_refused_by_name(engine: Engine,
         expected = EXPECTED[verb][state]
         with Session(engine, expire_on_commit=False) as session:
             if isinstance(expected, type):
-                with pytest.raises(expected, match=f"^job {job_id} is {state}") as caught:
+                refused: type[JobRunningError | JobFinishedError] = expected
+                with pytest.raises(refused, match=f"^job {job_id} is {state}") as caught:
                     VERBS[verb](session, job_id)
-                assert getattr(caught.value, "job_id") == job_id  # noqa: B009
+                assert cast("JobRunningError", caught.value).job_id == job_id
                 job = session.get_one(Job, job_id)  # the transaction goes on
             else:
                 job = VERBS[verb](session, job_id)
@@ -494,7 +509,7 @@ def test_a_batch_is_found_by_its_ids_in_a_large_table(engine: Engine) -> None:
     with engine.begin() as connection:
         make_jobs(connection, 20_000, state=J.COMPLETED)
         connection.exec_driver_sql("ANALYZE river_job")
-    given = {"p_ids": list(range(1, 20_000, 500)), "p_schema": None, "p_priority": 2, "p_due": True}
+    given: dict[str, Any] = {"p_ids": list(range(1, 20_000, 500)), "p_schema": None, "p_priority": 2, "p_due": True}
     given["p_scheduled_at"] = datetime(2040, 1, 1, tzinfo=UTC)
     for statement in (CANCEL_JOBS, RETRY_JOBS, DELETE_JOBS, RESCHEDULE_JOBS, CHANGE_PRIORITY_OF_JOBS):
         for plan in ("generic", "custom"):
@@ -551,7 +566,11 @@ def test_a_key_that_is_being_taken_is_waited_for(engine: Engine, how: str, end: 
     with Session(engine) as first:
         holder = keyed(first, J.AVAILABLE, "k")
         which: Any = done if how == "one" else Job.id == done
-        second = Second(engine, lambda session: retry(session, which))
+
+        def retry_it(session: Session) -> Any:
+            return cast("Any", retry)(session, which)
+
+        second = Second(engine, retry_it)
         second.waits(engine)
         getattr(first, end)()
 

@@ -41,9 +41,14 @@ def test_pages_bring_every_job_once_in_order_whatever_comes_in_between(
     engine: Engine, by: Order, descending: bool
 ) -> None:
     state, time = (J.COMPLETED, "finalized_at") if by == "finalized_at" else (J.SCHEDULED, "scheduled_at")
+
+    def make_at(at: str, count: int = 3) -> None:
+        columns: dict[str, Any] = {time: at}
+        make_jobs(engine, count, state=state, **columns)
+
     times = ["2040-01-01 00:00:00.000001Z", "2040-01-01 00:00:00.000002Z", "2039-01-01Z"]
     for at in times:
-        make_jobs(engine, 3, state=state, **{time: at})
+        make_at(at)
     make_job(engine, state=J.PENDING, scheduled_at="2040-01-01Z")
     which = Job.state != J.PENDING
     pages: list[list[Job]] = []
@@ -55,7 +60,7 @@ def test_pages_bring_every_job_once_in_order_whatever_comes_in_between(
             after = found.after
             if after is None:
                 break
-            make_job(engine, state=state, **{time: "2041-01-01Z" if descending else "2038-01-01Z"})
+            make_at("2041-01-01Z" if descending else "2038-01-01Z", 1)
 
         jobs = [job for jobs in pages for job in jobs][:9]
         keys = [(0 if by == "id" else getattr(job, by), job.id) for job in jobs]

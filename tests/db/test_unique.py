@@ -127,8 +127,9 @@ def args_of(vector: dict[str, Any]) -> Any:
     given = json.loads(vector["encoded_args"])
     if vector["name"] in MARKED:
         return Nested(Customer(**given["customer"]), given["n"]) if "customer" in given else Omit(None, **given)
-    named = {
-        f"field_{number}": attrs.field(type=Any, metadata={"sqla_river": {"name": key}})
+    anything: Any = Any
+    named: dict[str, Any] = {
+        f"field_{number}": attrs.field(type=anything, metadata={"sqla_river": {"name": key}})
         for number, key in enumerate(given)
     }
     return attrs.make_class("Args", named, class_body={"kind": vector["kind"]})(*given.values())
