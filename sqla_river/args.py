@@ -93,6 +93,16 @@ def redacted(args_type: type[JobArgs]) -> frozenset[str]:
     return _declared(args_type, fields.redacted_keys) or frozenset()
 
 
+def json_keys(args_type: type[JobArgs]) -> frozenset[str]:
+    """The outermost JSON keys of a class, as far as its fields say: none for one that is neither an attrs class nor a
+    dataclass.
+
+    Raises:
+        RegistrationError: as for `redacted`.
+    """
+    return frozenset(field.key for field in _declared(args_type, fields.fields_of) or [])
+
+
 def unique_fields(args_type: type[JobArgs]) -> list[str]:
     """Dotted JSON paths of the fields marked ``unique``, sorted.
 

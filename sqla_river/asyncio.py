@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar, overload
 
 from sqla_river import river, wait
-from sqla_river.admin import Changed, Filter
+from sqla_river.admin import Changed
+from sqla_river.choice import Filter
 from sqla_river.errors import SessionError
 from sqla_river.models import Job
 
@@ -57,15 +58,42 @@ queue_stats = awaited(river.queue_stats)
 stats_history = awaited(river.stats_history)
 
 
-@overload
-async def cancel(session: "AnyAsyncSession", which: int) -> Job: ...
-@overload
-async def cancel(session: "AnyAsyncSession", which: Filter) -> Changed: ...
-async def cancel(session: "AnyAsyncSession", which: int | Filter) -> Job | Changed:
-    """`River.cancel`, awaited."""
-    verb: Any = river.cancel
-    result: Job | Changed = await awaited(verb)(session, which)
-    return result
+class _OnJobs(Protocol):
+    @overload
+    async def __call__(self, session: "AnyAsyncSession", /, which: int) -> Job: ...
+    @overload
+    async def __call__(self, session: "AnyAsyncSession", /, which: Filter) -> Changed: ...
+
+
+class _Reschedule(Protocol):
+    @overload
+    async def __call__(
+        self, session: "AnyAsyncSession", /, which: int, *, scheduled_at: datetime | timedelta
+    ) -> Job: ...
+    @overload
+    async def __call__(
+        self, session: "AnyAsyncSession", /, which: Filter, *, scheduled_at: datetime | timedelta
+    ) -> Changed: ...
+
+
+class _ChangePriority(Protocol):
+    @overload
+    async def __call__(self, session: "AnyAsyncSession", /, which: int, *, priority: int) -> Job: ...
+    @overload
+    async def __call__(self, session: "AnyAsyncSession", /, which: Filter, *, priority: int) -> Changed: ...
+
+
+def _awaited(verb: Any) -> Any:
+    """What an overloaded verb becomes when awaited, mypy cannot derive."""
+    return awaited(verb)
+
+
+cancel: _OnJobs = _awaited(river.cancel)
+retry: _OnJobs = _awaited(river.retry)
+delete: _OnJobs = _awaited(river.delete)
+reschedule: _Reschedule = _awaited(river.reschedule)
+change_priority: _ChangePriority = _awaited(river.change_priority)
+list_jobs = awaited(river.list_jobs)
 
 
 async def wait_for(

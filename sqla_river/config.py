@@ -9,10 +9,11 @@ from weakref import WeakKeyDictionary
 
 import attrs
 
-from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, kind_of, unique_fields
+from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, json_keys, kind_of, unique_fields
 from sqla_river.errors import ConfigError, EncodeError, InvalidOptionError
 from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind, shown
 from sqla_river.rows import InsertRow
+from sqla_river.unique import Unique
 
 NotifyMode = Literal["transaction", "after_commit", "off"]
 NOTIFY_MODES: Final = ("transaction", "after_commit", "off")
@@ -72,6 +73,9 @@ class Settings:
     )
     _last: list[tuple[type, _OfClass]] = attrs.field(factory=list[Any], init=False, eq=False, repr=False)
     """The class that was asked for last, which mostly is the next one too: a look into a weak dictionary costs more."""
+    _uniques: WeakKeyDictionary[type, tuple[list[str], frozenset[str]]] = attrs.field(
+        factory=WeakKeyDictionary[type, tuple[list[str], frozenset[str]]], init=False, eq=False, repr=False
+    )
     _lock: Any = attrs.field(factory=threading.Lock, init=False, eq=False, repr=False)
 
     def one(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
@@ -118,8 +122,25 @@ class Settings:
         unique = options.unique
         if unique is None:
             return InsertRow(kind, encoded, *columns)
-        key = partial(unique.key_of, kind, encoded, columns[0], marked=unique_fields(args_type))
+        key = partial(unique.key_of, kind, encoded, columns[0], marked=self._marked(args_type, unique))
         return InsertRow(kind, encoded, *columns)._replace(unique_at=key, unique_states=unique.states)
+
+    def _marked(self, args_type: type, unique: Unique) -> list[str]:
+        """The fields that *args_type* marks as unique; refuses names that it has not, with which all jobs were one."""
+        known = self._uniques.get(args_type)
+        if known is None:
+            known = (unique_fields(args_type), json_keys(args_type))
+            with self._lock:
+                self._uniques[args_type] = known
+        marked, keys = known
+        for name in unique.names:
+            if keys and name.partition(".")[0] not in keys:
+                raise InvalidOptionError(
+                    "unique",
+                    f"by_args names {shown(name)}, which {args_type.__name__} has not; "
+                    f"its JSON keys: {', '.join(sorted(keys))}",
+                )
+        return marked
 
     def _of_class(self, args_type: type, args: JobArgs) -> _OfClass:
         known = self._by_class.get(args_type)

@@ -19,6 +19,8 @@
     ├── JobNotFoundError              (LookupError)  no job has that id
     ├── QueueNotFoundError            (LookupError)  a queue that has no row, or that a Runner does not work
     ├── JobRunningError               (RuntimeError) the job is running, and what was asked needs it not to
+    ├── JobFinishedError              (RuntimeError) the job is finished, and what was asked needs it not to be
+    ├── UniqueKeyTakenError           (RuntimeError) another job holds the unique key that this one would take again
     ├── UncommittedJobError           (RuntimeError) wait_for a job that its own session has not committed
     ├── RunnerError                   (RuntimeError) a Runner used in a way that cannot work
     ├── TransactionOver               (RuntimeError) a transactional handler ended its transaction and went on
@@ -116,6 +118,26 @@ class JobRunningError(RiverError, RuntimeError):
     def __init__(self, job_id: int, asked: str) -> None:
         super().__init__(f"job {job_id} is running and cannot be {asked}; cancel it first")
         self.job_id = job_id
+
+
+class JobFinishedError(RiverError, RuntimeError):
+    """The job is finished, and what was asked makes sense only before."""
+
+    def __init__(self, job_id: int, state: str, asked: str) -> None:
+        super().__init__(f"job {job_id} is {state} and cannot be {asked}; retry it first")
+        self.job_id = job_id
+        self.state = state
+
+
+class UniqueKeyTakenError(RiverError, RuntimeError):
+    """Another job, *holder_id*, holds the unique key that the job would take again."""
+
+    def __init__(self, job_id: int, holder_id: int, asked: str) -> None:
+        super().__init__(
+            f"job {job_id} cannot be {asked}: job {holder_id} holds its unique key; cancel or delete that one first"
+        )
+        self.job_id = job_id
+        self.holder_id = holder_id
 
 
 class UncommittedJobError(RiverError, RuntimeError):

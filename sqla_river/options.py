@@ -103,10 +103,16 @@ def check_when(option: str, value: object) -> datetime | timedelta:
     return value
 
 
-def _whole(option: str, value: object, high: int, meaning: str = "") -> int:
+def check_whole(option: str, value: object, high: int, meaning: str = "") -> int:
+    """*value*, if it is a whole number from 1 to *high*."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise InvalidOptionError(option, f"{option} must be 1..{high}{meaning}, got {shown(value)}")
     return value
+
+
+def check_priority(value: object) -> int:
+    """*value*, if it is a priority: 1 (runs first) to 4."""
+    return check_whole("priority", value, 4, " (1 runs first)")
 
 
 def _check_tags(value: object) -> tuple[str, ...]:
@@ -197,11 +203,11 @@ def _queue(value: str | None) -> str | None:
 
 
 def _priority(value: int | None) -> int | None:
-    return None if value is None else _whole("priority", value, 4, " (1 runs first)")
+    return None if value is None else check_priority(value)
 
 
 def _max_attempts(value: int | None) -> int | None:
-    return None if value is None else _whole("max_attempts", value, MAX_ATTEMPTS)
+    return None if value is None else check_whole("max_attempts", value, MAX_ATTEMPTS)
 
 
 def _tags(value: Sequence[str] | None) -> Sequence[str] | None:

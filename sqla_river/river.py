@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Generic, TypeVar, Unpack, cast, overload
+from typing import Any, TypeVar, Unpack, cast, overload
 
 from sqlalchemy import Engine
 
-from sqla_river import admin, insert, queues, stats, wait
-from sqla_river.admin import Changed, Filter
+from sqla_river import insert, listing, queues, stats, wait
+from sqla_river.admin import JobVerbs
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs
+from sqla_river.choice import Filter
 from sqla_river.config import InsertMiddleware, NotifyMode, Settings
 from sqla_river.errors import ConfigError
 from sqla_river.insert import Inserted, Items
+from sqla_river.listing import Order, Page
 from sqla_river.models import Job, JobMixin
 from sqla_river.options import NOTHING_SAID, InsertOptions, OptionWords, said_in
 from sqla_river.queues import QueueInfo
@@ -22,7 +24,7 @@ J = TypeVar("J", bound=JobMixin)
 K = TypeVar("K", bound=JobMixin)
 
 
-class River(Generic[J]):
+class River(JobVerbs[J]):
     """One way to put jobs in: a Job class with its settings. They are written onto the class, so that
     ``session.add(Job(args))`` and ``river.enqueue(session, args)`` are the same.
 
@@ -133,27 +135,34 @@ class River(Generic[J]):
         """
         return insert.enqueue_many(session, items, self.job_class, returning=returning)
 
-    @overload
-    def cancel(self, session: AnySession, which: int) -> J: ...
-    @overload
-    def cancel(self, session: AnySession, which: Filter) -> Changed: ...
-    def cancel(self, session: AnySession, which: int | Filter) -> J | Changed:
-        """Cancel one job by its id, or those that a ``select(Job)``, or a condition on it, chooses. Part of the
-        caller's transaction.
+    def list_jobs(
+        self,
+        session: AnySession,
+        which: Filter | None = None,
+        *,
+        by: Order = "id",
+        descending: bool = True,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> Page[J]:
+        """One page of the jobs that a ``select(Job)``, or a condition on it, chooses; all unless said.
 
-        What does not run is cancelled at once. What runs is marked, and its handler told when this commits: within
-        milliseconds, or with the next heartbeat (5 s) of a runner that does not LISTEN. It never runs again; a handler
-        that completes all the same stays completed (River's rule). A finished job is left as it is.
+        One round trip, along an index, however far the page: by a key, not by OFFSET. What the choice itself costs,
+        its conditions decide: the README tells which have an index.
 
-        Returns:
-            The Job as it stands now; for many, how many were changed, and why others were left.
+        Args:
+            session: as for `enqueue`.
+            which: as for `cancel`; its own order and limit give way.
+            by: ``"id"``; ``"scheduled_at"``, for jobs that wait for their time (scheduled, retryable; others are left
+                out); or ``"finalized_at"``, for finished ones, best of one state.
+            descending: the newest, or latest, first.
+            after: the `Page.after` of the page before, in the same order.
+            limit: 1 to 10,000 jobs.
 
         Raises:
-            JobNotFoundError: no job has that id.
+            InvalidOptionError: an order, limit or cursor that is none.
         """
-        if isinstance(which, int):
-            return admin.cancel_one(session, which, self.job_class)
-        return admin.cancel_many(session, which, self.job_class)
+        return listing.list_jobs(session, which, self.job_class, by=by, descending=descending, after=after, limit=limit)
 
     def pause(self, session: AnySession, queue: str) -> list[QueueInfo]:
         """Pause one queue, or with ``'*'`` all that there are. Part of the caller's transaction; one round trip.
@@ -266,6 +275,11 @@ pause = _river.pause
 resume = _river.resume
 list_queues = _river.list_queues
 update_queue = _river.update_queue
+retry = _river.retry
+delete = _river.delete
+reschedule = _river.reschedule
+change_priority = _river.change_priority
+list_jobs = _river.list_jobs
 wait_for = _river.wait_for
 queue_stats = _river.queue_stats
 stats_history = _river.stats_history

@@ -65,14 +65,15 @@ def mark_changed(session: Session | Connection) -> None:
             zope.mark_changed(session)
 
 
-def load(session: Session | Connection, job_id: int, job_class: type[J]) -> J:
-    """The job as it stands now; raises `JobNotFoundError`."""
+def load(session: Session | Connection, job_id: int, job_class: type[J], *, lock: bool = False) -> J:
+    """The job as it stands now, its row locked if asked for; raises `JobNotFoundError`."""
     if isinstance(session, Connection):
         with Session(bind=session, join_transaction_mode="rollback_only") as own:
-            job = load(own, job_id, job_class)
+            job = load(own, job_id, job_class, lock=lock)
             own.expunge(job)
             return job
-    found = session.get(job_class, job_id, populate_existing=True)
+    locked = {"of": job_class} if lock else None
+    found = session.get(job_class, job_id, populate_existing=True, with_for_update=locked)
     if found is None:
         raise JobNotFoundError(job_id)
     return found

@@ -83,7 +83,7 @@ def transaction_now(connection: Connection) -> Any:
         connection.execute(select(1))  # SQLAlchemy begins with the first statement
         root = connection.get_transaction()
     assert isinstance(root, RootTransaction)
-    if getattr(connection.connection, "autocommit", False):  # what SQLAlchemy calls a transaction may last for days
+    if is_autocommit(connection):  # what SQLAlchemy calls a transaction may last for days
         return connection.execute(statements.SELECT_NOW).scalars().one()
     known = _now.get(root)
     if known is None:
@@ -98,6 +98,11 @@ def local_time(root: Transaction, at: datetime) -> float:
     """
     known = _now.get(root)
     return -math.inf if known is None else known[1] + (at - known[0]).total_seconds()
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """Whether each statement is a transaction of its own, whatever SQLAlchemy calls one."""
+    return bool(getattr(connection.connection, "autocommit", False))
 
 
 def error_json(transition: Transition) -> str | None:

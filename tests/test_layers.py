@@ -19,8 +19,8 @@ FLOORS: list[set[str]] = [
     {"config", "workers", "hooks", "store", "embedded"},  # 4 settings; registry; the door for statements
     {"notify", "bulk", "schema", "listen"},  # 5 the other doors: only doors execute SQL
     {"models"},  # 6 the mapping, and its listeners
-    {"session"},  # 7 the caller's session
-    {"insert", "admin", "queues", "wait", "stats", "check", "health"},  # 8 the stations of a client
+    {"session", "choice"},  # 7 the caller's session; which jobs are meant
+    {"insert", "admin", "listing", "queues", "wait", "stats", "check", "health"},  # 8 the stations of a client
     {"fetch", "execute", "slots", "settle", "complete", "counters", "heartbeat", "duties", "live"},  # 9 a worker's
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
     {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody

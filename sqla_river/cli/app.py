@@ -5,6 +5,7 @@ import click
 from sqla_river.cli.bench import bench
 from sqla_river.cli.demo import demo
 from sqla_river.cli.health import health
+from sqla_river.cli.jobs import jobs
 from sqla_river.cli.queues import queues
 from sqla_river.cli.stats import stats
 from sqla_river.cli.tables import check_db, migrate
@@ -17,5 +18,5 @@ def app() -> None:
     """River for SQLAlchemy: background jobs that commit with your data."""
 
 
-for _command in (bench, check_db, demo, health, migrate, queues, stats, work):
+for _command in (bench, check_db, demo, health, jobs, migrate, queues, stats, work):
     app.add_command(_command)

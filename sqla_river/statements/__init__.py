@@ -4,7 +4,19 @@ Each is built once over the schema-less tables and runs under a ``schema_transla
 literals. Bind parameters start with ``p_``. Times are now(), the database's clock; durations are bound as intervals.
 """
 
-from sqla_river.statements.admin import CANCEL_JOB, CANCEL_JOBS, SELECT_STATES
+from sqla_river.statements.admin import (
+    CANCEL_JOB,
+    CANCEL_JOBS,
+    CHANGE_PRIORITY_OF_JOB,
+    CHANGE_PRIORITY_OF_JOBS,
+    DELETE_JOB,
+    DELETE_JOBS,
+    RESCHEDULE_JOB,
+    RESCHEDULE_JOBS,
+    RETRY_JOB,
+    RETRY_JOBS,
+    SELECT_STATES,
+)
 from sqla_river.statements.complete import (
     COMPLETE_JOBS,
     NOTE_PROGRESS,
@@ -91,6 +103,8 @@ __all__ = [
     "ADD_COUNTS",
     "CANCEL_JOB",
     "CANCEL_JOBS",
+    "CHANGE_PRIORITY_OF_JOB",
+    "CHANGE_PRIORITY_OF_JOBS",
     "CLAIM_DUTY",
     "CLEAR_ALONE",
     "COMPLETE_JOBS",
@@ -100,6 +114,8 @@ __all__ = [
     "COUNT_SUSPECTS",
     "DELETE_CLEARED",
     "DELETE_GONE_RUNNERS",
+    "DELETE_JOB",
+    "DELETE_JOBS",
     "DELETE_RUNNER",
     "DELETE_UNTOUCHED_QUEUES",
     "DISCARD_CONFLICTS",
@@ -127,10 +143,14 @@ __all__ = [
     "PRUNE_DISCARDED",
     "PRUNE_HISTORY",
     "REFRESH_LONG",
+    "RESCHEDULE_JOB",
+    "RESCHEDULE_JOBS",
     "RESCUE_STUCK",
     "RESERVE_IDS",
     "RESET_AHEAD",
     "RESUME_QUEUES",
+    "RETRY_JOB",
+    "RETRY_JOBS",
     "SCHEDULE_DUE",
     "SCHEDULE_DUE_AT",
     "SELECT_BOUNDS",

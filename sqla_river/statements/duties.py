@@ -16,7 +16,6 @@ from sqlalchemy import (
     delete,
     extract,
     func,
-    null,
     or_,
     select,
     update,
@@ -28,6 +27,7 @@ from sqla_river.statements.words import (
     CANCEL_ASKED,
     CTID,
     KEPT_ERRORS,
+    LET_GO,
     METADATA,
     MOMENT,
     NOW,
@@ -229,7 +229,7 @@ _rescued: Final = (
         scheduled_at=case((_rescued_to == AVAILABLE, NOW), else_=job.c.scheduled_at),
         errors=appended("errors", KEPT_ERRORS, _error),
         metadata_=METADATA.op("||")(_rescues),
-        unique_states=case((_taken, null()), else_=job.c.unique_states),
+        unique_states=case((_taken, LET_GO), else_=job.c.unique_states),
     )
     .returning(
         job.c.id,

@@ -21,7 +21,6 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
-    null,
 )
 from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.ext.compiler import compiles
@@ -171,14 +170,18 @@ def would_take_key(of: Any) -> ColumnElement[bool]:
     )
 
 
+LET_GO: Final = func.set_bit(func.set_bit(job.c.unique_states, literal("4"), literal("0")), literal("6"), literal("0"))
+"""The mask of a job that ends because its key is taken: without discarded and cancelled, or it could not end either.
+The other states stay, for a retry by hand.
+"""
+
+
 def discarded_if(taken: ColumnElement[Any]) -> dict[str, Any]:
-    """Values that make a job available, or discard it where its unique key is *taken*; without its mask, or it might
-    not be discarded either.
-    """
+    """Values that make a job available, or discard it where its unique key is *taken*."""
     reason: ColumnElement[Any] = literal("""'{"unique_key_conflict": "scheduler_discarded"}'::jsonb""")
     return {
         "state": cast(case((taken, state("discarded")), else_=AVAILABLE), job.c.state.type),
         "finalized_at": case((taken, NOW)),
-        "unique_states": case((taken, null()), else_=job.c.unique_states),
+        "unique_states": case((taken, LET_GO), else_=job.c.unique_states),
         "metadata_": case((taken, METADATA.op("||")(reason)), else_=job.c.metadata_),
     }

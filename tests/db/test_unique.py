@@ -1,21 +1,29 @@
 """Unique jobs: who holds a key, who comes second, and that no race makes two rows or a deadlock."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar, Final, cast
 
+import attrs
 import pytest
-from sqlalchemy import Engine, create_engine, select, text, update
+from sqlalchemy import Engine, MetaData, create_engine, event, select, text, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from sqla_river import InsertOptions, Job, JobState, Unique, enqueue, enqueue_many
-from sqla_river.errors import UniqueNeedsEnqueueError
+from sqla_river import InsertOptions, Job, JobMixin, JobState, River, Unique, delete, enqueue, enqueue_many, retry
+from sqla_river.args import CattrsCodec, JobArgs
+from sqla_river.errors import InvalidOptionError, UniqueKeyTakenError, UniqueNeedsEnqueueError, UniqueRaceError
+from sqla_river.models import RiverBase
+from sqla_river.statements import SCHEDULE_DUE
 from sqla_river.states import FINALIZED
+from sqla_river.unique import ALWAYS
 from tests.database import emptied, shared_database
 from tests.jobs import Ping
-from tests.making import eventually
+from tests.making import opened, read_jobs
+from tests.racing import Second
+from tests.river_vectors import MARKED, VECTORS, unique_of
 
 BY_ARGS = Unique(by_args=True)
 
@@ -79,6 +87,132 @@ def test_the_row_that_holds_the_key_is_neither_locked_nor_rewritten(engine: Engi
         assert connection.execute(text("SELECT xmin::text, ctid::text FROM river_job")).one() == before
 
 
+@attrs.frozen
+class Customer:
+    id: str = attrs.field(metadata={"sqla_river": {"unique": True}})
+    name: str
+
+
+@attrs.frozen
+class Nested:
+    kind: ClassVar[str] = "nested"
+    customer: Customer
+    n: int
+
+
+@attrs.frozen
+class Omit:
+    kind: ClassVar[str] = "omit"
+    a: int | None = attrs.field(default=None, metadata={"sqla_river": {"unique": True}})
+    b: int = 1
+
+
+class OmitEmpty(CattrsCodec):
+    """Leaves out what is None, as ``omitempty`` does in Go."""
+
+    def encode(self, args: JobArgs) -> bytes:
+        given: dict[str, Any] = json.loads(super().encode(args))
+        return json.dumps({key: value for key, value in given.items() if value is not None}).encode()
+
+
+class Omitting(JobMixin, RiverBase):
+    metadata = MetaData()
+
+
+RIVER: Final[River[Any]] = River(job_class=Omitting, codec=OmitEmpty())
+
+
+def args_of(vector: dict[str, Any]) -> Any:
+    """The args that River was given, as a class of ours."""
+    given = json.loads(vector["encoded_args"])
+    if vector["name"] in MARKED:
+        return Nested(Customer(**given["customer"]), given["n"]) if "customer" in given else Omit(None, **given)
+    anything: Any = Any
+    named: dict[str, Any] = {
+        f"field_{number}": attrs.field(type=anything, metadata={"sqla_river": {"name": key}})
+        for number, key in enumerate(given)
+    }
+    return attrs.make_class("Args", named, class_body={"kind": vector["kind"]})(*given.values())
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: str(vector["name"]))
+def test_the_key_that_is_stored_is_that_of_river(engine: Engine, vector: dict[str, Any]) -> None:
+    unique, _ = unique_of(vector)
+    options: Any = {"unique": unique, "queue": vector["queue"]}
+    options["scheduled_at"] = datetime.fromisoformat(vector["now"])  # whose period counts
+    args = args_of(vector)
+    with Session(engine) as session, session.begin():
+        new = [RIVER.enqueue(session, args, **options).inserted]
+        many = RIVER.enqueue_many(session, [(args, InsertOptions(**options))] * 2, returning=True)
+        new.append(RIVER.enqueue(session, args, **options).inserted)
+
+    with engine.connect() as connection:
+        row = connection.execute(
+            text("SELECT kind, args, encode(unique_key, 'hex'), unique_states::int FROM river_job")
+        )
+        expected = json.loads(vector["encoded_args"]), vector["key_hex"], vector["bitmask"]
+        assert row.all() == [(vector["kind"], *expected)]
+    assert new == [True, False]
+    assert (many.count, many.skipped, many.ids) == (0, 2, [None, None])
+
+
+@attrs.frozen
+class Pay:
+    kind: ClassVar[str] = "pay"
+    payment: str = attrs.field(metadata={"sqla_river": {"unique": True, "name": "paymentId"}})
+    note: str = ""
+
+
+@attrs.frozen
+class RefundOf(Pay):
+    kind: ClassVar[str] = "refund"
+
+
+def test_marked_fields_are_all_that_counts_and_named_ones_beat_them(engine: Engine) -> None:
+    with Session(engine) as session, session.begin():
+
+        def new(*args: str, **unique: Any) -> bool:
+            return enqueue(session, Pay(*args), unique=Unique(**unique)).inserted
+
+        assert [new(*pay, by_args=True) for pay in (("1", "a"), ("1", "b"), ("2", "a"))] == [True, False, True]
+        assert [new(*pay, by_args=["note"]) for pay in (("1", "a"), ("2", "a"), ("1", "b"))] == [True, False, True]
+        assert [new("1", by_queue=True), new("2", by_queue=True)] == [True, False]
+
+
+def test_without_the_kind_jobs_of_two_kinds_are_one_and_the_first_stays_as_it_is(engine: Engine) -> None:
+    """River's ON CONFLICT DO UPDATE writes the second kind over the first."""
+    unique = Unique(by_args=True, exclude_kind=True)
+    with Session(engine) as session, session.begin():
+        first = enqueue(session, Pay("1", "a"), unique=unique)
+        second = enqueue(session, RefundOf("1", "a"), unique=unique)
+
+        assert (second.id, second.kind, second.inserted) == (first.id, "pay", False)
+        assert enqueue(session, RefundOf("2", "a"), unique=unique).kind == "refund"
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_wrong_is_refused_at_the_call_and_the_session_goes_on(engine: Engine, many: bool) -> None:
+    """With a name that no field has, all jobs of a kind would be the same one."""
+
+    def put_one(session: Session, unique: Unique) -> object:
+        if many:
+            return enqueue_many(session, [(Pay("1"), InsertOptions(unique=unique))])
+        return enqueue(session, Pay("1"), unique=unique)
+
+    with Session(engine) as session, session.begin():
+        session.execute(text("SELECT 1"))
+        for by_args in (["payment"], ["paymentId", "typo"], ["customer.id"]):
+            with pytest.raises(InvalidOptionError, match=r"by_args names .* JSON keys: note, paymentId"):
+                put_one(session, Unique(by_args=by_args))
+        with pytest.raises(InvalidOptionError, match=r"unique must be Unique\(...\)"):
+            enqueue(session, Pay("1"), unique=cast("Any", {"by_args": True}))
+        with pytest.raises(InvalidOptionError, match="stands alone"):
+            enqueue(session, Pay("1"), unique=Unique(key="payment-4711", by_args=True))
+        assert enqueue(session, Pay("1"), unique=Unique(by_args=["paymentId"])).inserted
+
+    assert len(jobs_in(engine)) == 1
+
+
 def test_the_unit_of_work_refuses_a_unique_job() -> None:
     with pytest.raises(UniqueNeedsEnqueueError, match="enqueue"):
         Job(Ping(1), unique=BY_ARGS)
@@ -87,8 +221,14 @@ def test_the_unit_of_work_refuses_a_unique_job() -> None:
 def test_a_key_of_ones_own_repeats_an_enqueue_safely(engine: Engine) -> None:
     key = Unique(key="payment-4711")
 
-    assert put(engine, 1, unique=key)[1] is True
-    assert put(engine, 2, unique=key)[1] is False
+    first = put(engine, 1, unique=key)
+    with Session(engine) as session, session.begin():  # the reply to the first COMMIT was lost, and it is done again
+        again = enqueue(session, Ping(1), unique=key)
+        other = enqueue(session, Pay("4711"), unique=key)  # a key of one's own stands for itself, whatever the kind
+
+        assert (first[1], again.inserted, again.id) == (True, False, first[0])
+        assert (other.inserted, other.id) == (False, first[0])
+        assert enqueue(session, Ping(1), unique=Unique(key="payment-4712")).inserted
 
 
 def test_jobs_of_different_periods_are_different(engine: Engine) -> None:
@@ -122,33 +262,6 @@ def test_it_joins_the_transaction(engine: Engine) -> None:
 
     assert jobs_in(engine) == []
     assert put(engine)[1] is True
-
-
-class Second:
-    """A second transaction that enqueues in a thread, and waits there for the first."""
-
-    def __init__(self, engine: Engine, work: Callable[[Session], Any], isolation: str = "READ COMMITTED") -> None:
-        self._engine = engine.execution_options(isolation_level=isolation)
-        self._work = work
-        self.outcome: Any = None
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            with Session(self._engine) as session, session.begin():
-                self.outcome = self._work(session)
-        except BaseException as error:  # noqa: BLE001 - looked at by the test
-            self.error = error
-
-    def waits(self, engine: Engine) -> None:
-        """Return once it waits for the other transaction."""
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            waiting = text(
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            )
-            eventually(lambda: connection.execute(waiting).scalar_one() > 0, what="the second to wait")
 
 
 def enqueue_one(session: Session) -> tuple[int, bool]:
@@ -213,6 +326,78 @@ def test_repeatable_read_fails_as_postgresql_says_and_makes_no_second_row(engine
 
     assert isinstance(second.error, OperationalError | DBAPIError)
     assert len(jobs_in(engine)) == 1
+
+
+def test_the_holder_that_finishes_between_insert_and_select_leaves_the_key_to_the_second(engine: Engine) -> None:
+    """The pair of statements is tried twice."""
+    holder, _ = put(engine)
+    mine = create_engine(engine.url)
+
+    @event.listens_for(mine, "before_cursor_execute")
+    def before(_conn: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "AS holder" in statement:
+            move(engine, holder, JobState.DISCARDED)
+
+    job_id, new = put(mine)
+    mine.dispose()
+
+    assert new is True
+    assert jobs_in(engine) == [holder, job_id]
+
+
+def test_a_holder_that_comes_and_goes_is_an_error_by_name_and_no_second_row(engine: Engine) -> None:
+    holder, _ = put(engine)
+    mine = create_engine(engine.url)
+
+    @event.listens_for(mine, "before_cursor_execute")
+    def before(_conn: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if "AS holder" in statement or "INSERT INTO river_job" in statement:
+            move(engine, holder, JobState.DISCARDED if "AS holder" in statement else JobState.AVAILABLE)
+
+    with pytest.raises(UniqueRaceError, match="enqueue it again"):
+        put(mine)
+    mine.dispose()
+
+    assert jobs_in(engine) == [holder]
+
+
+@pytest.mark.parametrize(("end", "count"), [("commit", 1), ("rollback", 2)])
+def test_a_bulk_insert_waits_for_the_holder_and_counts_what_is_new(engine: Engine, end: str, count: int) -> None:
+    def both(session: Session) -> Any:
+        unique = InsertOptions(unique=BY_ARGS)
+        return enqueue_many(session, [(Ping(number), unique) for number in (2, 1)], returning=True)
+
+    with Session(engine) as session:
+        enqueue_one(session)
+        second = Second(engine, both)
+        second.waits(engine)
+        getattr(session, end)()
+    inserted = second.join()
+
+    assert (inserted.count, inserted.skipped) == (count, 2 - count)
+    assert [job_id is not None for job_id in inserted.ids] == [True, end == "rollback"]
+    assert len(jobs_in(engine)) == 2
+
+
+def test_due_jobs_whose_key_a_newer_one_has_are_discarded_with_that_reason_and_the_others_go_on(engine: Engine) -> None:
+    """And a retry by hand names the holder, until that one lets go."""
+    unique: Any = {"unique": Unique(by_args=True, by_state=[*ALWAYS, JobState.DISCARDED])}  # not while it is retryable
+    old = [put(engine, number, **unique)[0] for number in range(5)]
+    for job_id in old:
+        move(engine, job_id, JobState.RETRYABLE)
+    new = [put(engine, number, **unique)[0] for number in range(3)]
+
+    with opened(engine) as own:
+        own.execute(SCHEDULE_DUE, {"p_schema": None})
+
+    rows = {row["id"]: row for row in read_jobs(engine)}
+    assert [rows[job_id]["state"] for job_id in old] == ["discarded"] * 3 + ["available"] * 2
+    assert {rows[job_id]["metadata"].get("unique_key_conflict") for job_id in old[:3]} == {"scheduler_discarded"}
+    with Session(engine) as session, session.begin():
+        with pytest.raises(UniqueKeyTakenError, match=f"job {new[0]} holds"):
+            retry(session, old[0])
+        delete(session, new[0])
+        assert retry(session, Job.id.in_(old[:2])).left == {old[1]: f"key taken by job {new[1]}"}
 
 
 def test_it_works_in_a_schema_of_its_own(empty_url: str) -> None:

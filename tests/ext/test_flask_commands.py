@@ -13,7 +13,6 @@ from click.testing import Result
 from flask import Flask
 from sqlalchemy import Engine, text
 
-from sqla_river import River
 from tests.database import emptied, shared_database
 from tests.ext.flask_app import create_app
 from tests.making import count_states, make_job, make_jobs
@@ -85,7 +84,6 @@ def test_pause_and_resume(app: Flask, engine: Engine) -> None:
     assert (ended.exit_code, ended.output.startswith("Error: queue 'nobodys' ")) == (1, True)
 
 
-@pytest.mark.skipif(not hasattr(River, "retry"), reason="River has no retry yet")
 def test_retry_makes_jobs_available_all_or_none(app: Flask, engine: Engine) -> None:
     first, second = make_jobs(engine, 2, state="discarded", attempt=25, max_attempts=25)
 

@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqla_river import Cancel, Job, JobContext, JobState, Snooze, cancel
-from sqla_river.admin import Filter
 from sqla_river.asyncio import cancel as cancel_async
+from sqla_river.choice import Filter
 from sqla_river.errors import JobNotFoundError
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, count_states, eventually, make_job, make_jobs, read_job, read_jobs, text_of

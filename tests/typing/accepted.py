@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, assert_type
 
 import attrs
@@ -26,17 +26,24 @@ from sqla_river import (
     Runner,
     Snooze,
     Workers,
+    change_priority,
     create_all,
+    delete,
     enqueue,
     enqueue_many,
+    list_jobs,
     list_queues,
     pause,
+    reschedule,
     resume,
+    retry,
     update_queue,
 )
 from sqla_river import asyncio as awaited
+from sqla_river.admin import Changed
 from sqla_river.ext.flask import FlaskRiver
 from sqla_river.insert import Inserted
+from sqla_river.listing import Page
 from sqla_river.models import RiverBase
 from sqla_river.testing import Worked, assert_enqueued, drain, refute_enqueued, rolled_back, work_one
 from sqla_river.testing import asyncio as awaited_testing
@@ -134,11 +141,29 @@ def rivers(session: Session) -> None:
     assert_type(river.enqueue(session, Attrs(1), priority=1), Mine)
 
 
+def on_jobs(session: Session, river: River[Mine]) -> None:
+    assert_type(retry(session, 1), Job)
+    assert_type(retry(session, select(Job).where(Job.kind == "a")), Changed)
+    assert_type(delete(session, Job.kind == "a"), Changed)
+    assert_type(river.delete(session, 1), Mine)
+    assert_type(river.reschedule(session, 1, scheduled_at=timedelta(hours=1)), Mine)
+    assert_type(reschedule(session, Job.state == JobState.SCHEDULED, scheduled_at=datetime.now(UTC)), Changed)
+    assert_type(change_priority(session, 1, priority=2), Job)
+    assert_type(list_jobs(session, Job.tags.contains(["a"]), by="scheduled_at", limit=5), Page[Job])
+    assert_type(river.list_jobs(session).jobs, list[Mine])
+    list_jobs(session, Job.args.contains({"order_id": 17}), after=list_jobs(session).after)
+
+
 async def async_verbs(
     session: AsyncSession, scoped: async_scoped_session[AsyncSession], connection: AsyncConnection
 ) -> None:
     assert_type(await awaited.enqueue(session, Attrs(1), priority=2), Job)
     assert_type(await awaited.enqueue(scoped, Attrs(1)), Job)
+    assert_type(await awaited.retry(session, 1), Job)
+    assert_type(await awaited.delete(connection, Job.id == 1), Changed)
+    assert_type(await awaited.reschedule(scoped, 1, scheduled_at=timedelta(0)), Job)
+    assert_type(await awaited.change_priority(session, select(Job), priority=1), Changed)
+    assert_type(await awaited.list_jobs(session, limit=1), Page[Job])
     assert_type(await awaited.enqueue_many(connection, [Attrs(1)], returning=True), Inserted)
 
 

@@ -13,6 +13,23 @@ import pytest
 import sqla_river
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(sqla_river.__path__, "sqla_river."))
+VERBS = (
+    "cancel",
+    "change_priority",
+    "delete",
+    "enqueue",
+    "enqueue_many",
+    "list_jobs",
+    "list_queues",
+    "pause",
+    "queue_stats",
+    "reschedule",
+    "resume",
+    "retry",
+    "stats_history",
+    "update_queue",
+    "wait_for",
+)
 # The homes of skins need extras of their own.
 OPTIONAL = ("sqla_river.ext.", "sqla_river.cli", "sqla_river.testing")
 
@@ -43,7 +60,8 @@ def test_no_public_name_is_the_name_of_a_module() -> None:
 
 
 def test_the_verbs_of_the_root_are_those_of_the_shipped_job() -> None:
-    for verb in (sqla_river.enqueue, sqla_river.enqueue_many, sqla_river.queue_stats, sqla_river.stats_history):
+    for name in VERBS:
+        verb = getattr(sqla_river, name)
         assert getattr(verb, "__self__").job_class is sqla_river.Job  # noqa: B009
 
 
@@ -60,7 +78,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_awaited_verbs_are_coroutine_functions_with_the_names_of_the_plain_ones() -> None:
     from sqla_river import asyncio as awaited
 
-    for name in ("enqueue", "enqueue_many", "queue_stats", "stats_history"):
+    for name in VERBS:
         verb = getattr(awaited, name)
         assert inspect.iscoroutinefunction(verb)
         assert verb.__name__ == name

@@ -34,10 +34,6 @@ def _river() -> "FlaskRiver[Any]":
     return extension
 
 
-def _verbs() -> Any:
-    return _river().river
-
-
 def _schema() -> str | None:
     return declared_schema(_river().river.job_class)
 
@@ -117,7 +113,7 @@ def stats(as_json: bool) -> None:
 def pause(queue: str) -> None:
     """Start no more jobs of QUEUE, on whatever runner, until it is resumed; '*' means all queues. What runs goes on."""
     with _changing() as session:
-        paused = _verbs().pause(session, queue)
+        paused = _river().river.pause(session, queue)
     for each in paused:
         click.echo(f"queue '{each.name}' is paused since {each.paused_at:%Y-%m-%d %H:%M:%S} UTC")
 
@@ -127,7 +123,7 @@ def pause(queue: str) -> None:
 def resume(queue: str) -> None:
     """End the pause of QUEUE; '*' means all queues."""
     with _changing() as session:
-        resumed = _verbs().resume(session, queue)
+        resumed = _river().river.resume(session, queue)
     for each in resumed:
         click.echo(f"queue '{each.name}' is worked")
 
@@ -137,7 +133,7 @@ def resume(queue: str) -> None:
 def retry(job_id: Sequence[int]) -> None:
     """Make each JOB, named by its id, available at once, whatever became of it; all of them, or none."""
     with _changing() as session:
-        lines = [f"job {each} ({_verbs().retry(session, each).kind}) is available" for each in sorted(job_id)]
+        lines = [f"job {each} ({_river().river.retry(session, each).kind}) is available" for each in sorted(job_id)]
     click.echo("\n".join(lines))
 
 
