@@ -10,6 +10,7 @@ from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_river.embedded import EmbeddedPostgres
 from sqla_river.schema import create_all
+from tests.database import catalog, emptied_tables, end_others, name_exists
 
 _numbers = itertools.count()
 
@@ -51,10 +52,38 @@ def template(server: str) -> Iterator[str]:
     admin.dispose()
 
 
+@pytest.fixture(scope="session")
+def clean(server: str, template: str) -> Iterator[list[str]]:
+    """Databases as the template that tests before have given back."""
+    yield (names := list[str]())
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        for name in names:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
 @pytest.fixture
-def url(server: str, template: str) -> Iterator[str]:
-    """The URL of a database of the test's own, with our tables in it."""
-    yield from _database(server, f"TEMPLATE {template}")
+def url(server: str, template: str, clean: list[str]) -> Iterator[str]:
+    """The URL of a database of the test's own, with our tables in it, and nothing in them.
+
+    It is used again, if the test has left the catalog as it was: 20 ms against 200.
+    """
+    name = clean.pop() if clean else f"river_{os.getpid()}_{next(_numbers)}"
+    mine = make_url(server).set(database=name)
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        if not name_exists(connection, name):
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+    before = catalog(mine)
+    yield mine.render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        end_others(connection, name)
+        if before == catalog(mine) and emptied_tables(mine):
+            clean.append(name)
+        else:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
+
+from sqla_river import ddl
 
 _numbers = itertools.count()
 
@@ -33,6 +35,50 @@ def emptied(url: str) -> Iterator[Engine]:
                 connection.execute(text(f"DROP TABLE {name} CASCADE"))
         connection.execute(text("TRUNCATE river_job RESTART IDENTITY CASCADE"))
     engine.dispose()
+
+
+_CATALOG = """
+    SELECT array_agg(line ORDER BY line) FROM (
+        SELECT format('%s %s %s %s', oid, relname, relnamespace, reloptions) FROM pg_class WHERE oid >= 16384
+        UNION ALL SELECT format('%s %s %s', attrelid, attname, atttypid) FROM pg_attribute WHERE attrelid >= 16384
+        UNION ALL SELECT format('%s %s', oid, conname) FROM pg_constraint WHERE oid >= 16384
+        UNION ALL SELECT format('%s %s', oid, proname) FROM pg_proc WHERE oid >= 16384
+        UNION ALL SELECT format('%s %s', oid, typname) FROM pg_type WHERE oid >= 16384
+        UNION ALL SELECT format('%s %s', oid, nspname) FROM pg_namespace WHERE oid >= 16384
+        UNION ALL SELECT format('%s %s', oid, tgname) FROM pg_trigger
+        UNION ALL SELECT format('%s %s %s', setdatabase, setrole, setconfig) FROM pg_db_role_setting
+    ) lines (line)
+"""
+
+
+def catalog(url: URL) -> object:
+    """What a database is made of, but for the rows in its tables."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        return connection.execute(text(_CATALOG)).scalar_one()
+
+
+def name_exists(connection: Connection, name: str) -> bool:
+    """Whether there is a database of that name."""
+    return bool(connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name}).scalar())
+
+
+def end_others(connection: Connection, name: str) -> None:
+    """End whatever is connected to the database *name*."""
+    kill = text("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = :name")
+    connection.execute(kill, {"name": name})
+
+
+def emptied_tables(url: URL) -> bool:
+    """Make our tables as empty as they were; False if somebody has left a prepared transaction."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        prepared = text("SELECT 1 FROM pg_prepared_xacts WHERE database = current_database()")
+        if connection.execute(prepared).scalar():
+            return False
+        tables = ", ".join(name for name in ddl.TABLES if name != "river_migration")
+        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+    return True
 
 
 @contextmanager
