@@ -9,6 +9,8 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from sqlalchemy import Engine
@@ -112,6 +114,16 @@ def pids(engine: Engine) -> set[int]:
     return {int(runner_id.split(":")[1]) for runner_id in runners(engine)}
 
 
+def got(port: str, path: str) -> str:
+    """What the supervisor answers for all its processes."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+    except HTTPError as error:
+        with error:
+            return str(error.read().decode())
+
+
 def is_held(ledger: Ledger, count: int = 1) -> list[int]:
     """The processes that hold a job, once there are so many jobs held."""
 
@@ -125,8 +137,9 @@ def test_processes_are_restarted_replaced_and_stopped_without_losing_a_job(
     url: str, engine: Engine, ledger: Ledger
 ) -> None:
     folder = ledger.path.parent
-    with working(url, folder, "--processes", "2", "--queues", "default=3,emails=1") as supervisor:
-        read_until(supervisor, "(place 2) works")
+    words = ("--processes", "2", "--queues", "default=3,emails=1", "--metrics-port", "0")
+    with working(url, folder, *words) as supervisor:
+        port = read_until(supervisor, "(place 2) works").partition("/readyz on port ")[2].split()[0]
         first = pids(engine)
         assert len(first) == 2
         with engine.connect() as connection:
@@ -151,6 +164,9 @@ def test_processes_are_restarted_replaced_and_stopped_without_losing_a_job(
         said = read_until(supervisor, ") has stopped") + read_until(supervisor, "(place 2) has stopped")
         assert said.index("(place 1) works") < said.index("(place 1) has stopped") < said.index("(place 2) works")
         eventually(lambda: count_states(engine) == {"completed": len(more) + 1}, within=20)
+        total = f'sqla_river_jobs_completed_total{{kind="count",queue="default"}} {len(more) + 1}.0'
+        eventually(lambda: total in got(port, "/metrics"), within=20, what="the work of all, the replaced ones too")
+        eventually(lambda: got(port, "/readyz") == "ok\n", within=20, what="word that all are well")
         third = pids(engine) - {victim}
         assert (len(third), third & (first | second)) == (2, set())
 
