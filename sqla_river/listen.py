@@ -2,7 +2,6 @@
 again.
 """
 
-import logging
 import selectors
 import socket
 import threading
@@ -14,10 +13,11 @@ from typing import Final
 from psycopg import sql
 from sqlalchemy import Engine, func, select
 
+from sqla_river.logs import RUNNER, Log
 from sqla_river.loop import Backoff
 from sqla_river.store import OwnConnection
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 PING: Final = 5.0
 """Seconds without a word after which the connection is asked whether it still lives; River's number."""
@@ -37,7 +37,9 @@ class Listener:
         name: str,
         topics: tuple[str, ...],
         heard: Callable[[str | None, str, int], None],
+        runner: str = "",
     ) -> None:
+        self._runner = runner
         self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
         self._topics = topics
         self._heard = heard
@@ -70,6 +72,7 @@ class Listener:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        RUNNER.set(self._runner)
         backoff = Backoff(log, "listen")
         with self._wake_read, self._wake_write:
             while not self._stopping.is_set():
