@@ -27,6 +27,7 @@ from sqla_river.duties.figures import LookAround
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.reindex import Reindex
 from sqla_river.duties.rescue import Isolate, Rescue
+from sqla_river.duties.trouble import Strangers, Trouble
 from sqla_river.duties.turns import Turns
 from sqla_river.errors import SchemaError
 from sqla_river.execute import Executor
@@ -173,7 +174,7 @@ class Incarnation:
             deliver=self._fetched,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
-            hears=lambda: self._listener is not None and self._listener.ready.is_set(),
+            hears=lambda: self._listener is not None and self._listener.hears,
             wake=lambda: self._fetching.wake(),
         )
         self._counters = Counters(self.id)
@@ -198,6 +199,8 @@ class Incarnation:
                 Prune(orders.retention),
                 Count(),
                 Clean(),
+                Trouble(lambda: self._fetcher.rank == 0),
+                Strangers(lambda: list(self._heart.slots), lambda: orders.workers.kinds),
                 LookAround(self._meters),
                 *([Reindex()] if orders.reindex else []),
             ],

@@ -7,9 +7,9 @@ The records are those of standard `logging`, under ``sqla_river.<module>``.
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from time import monotonic
 from typing import Any, Final
 
 REPEAT_EVERY: Final = 1.0
@@ -115,7 +115,7 @@ class Log:
 
 def _since(every: float, key: tuple[Any, ...]) -> int | None:
     """How often *key* was kept quiet since it was last said; None where that was less than *every* seconds ago."""
-    now = time.monotonic()
+    now = monotonic()
     with _lock:
         at, more = _said.get(key, (now - every, 0))
         if now - at < every:

@@ -292,17 +292,10 @@ class Runner:
             Scope(
                 self.engine, self.river.job_class, self._orders.sessions, self._orders.async_engine, lambda: True
             ).check()
-        pool, slots = self.engine.pool, sum(self.queues.values())
-        if transactional and isinstance(pool, QueuePool) and pool._max_overflow >= 0:
-            connections = pool.size() + pool._max_overflow
-            if connections < slots:
-                log.warning(
-                    "%d slots share a pool of %d connections: transactional jobs will wait for one; "
-                    "create_engine(pool_size=%d) gives each slot its own",
-                    slots,
-                    connections,
-                    slots,
-                )
+        if any(not worker.is_async for worker in transactional):
+            _check_pool(self.engine, sum(self.queues.values()))
+        if any(worker.is_async for worker in transactional) and self._orders.async_engine is not None:
+            _check_pool(self._orders.async_engine.sync_engine, sum(self.queues.values()))
 
     def stop(self, timeout: timedelta | None = None) -> None:
         """Stop: fetch no more, give back what has not begun, let running jobs finish, and write every result.
@@ -385,6 +378,21 @@ class Runner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _check_pool(engine: Engine, slots: int) -> None:
+    """Warn where jobs will wait for a connection of *engine*."""
+    pool = engine.pool
+    if isinstance(pool, QueuePool) and pool._max_overflow >= 0:
+        connections = pool.size() + pool._max_overflow
+        if connections < slots:
+            log.warning(
+                "%d slots share a pool of %d connections: transactional jobs will wait for one; "
+                "create_engine(pool_size=%d) gives each slot its own",
+                slots,
+                connections,
+                slots,
+            )
 
 
 def _check_times(
