@@ -125,6 +125,7 @@ class Listener:
         connection = self._own.get()
         schema = self._own.schema or connection.execute(select(func.current_schema())).scalar_one()
         raw = self._own.raw
+        raw.prepare_threshold = None  # a transaction pooler may not know what was prepared
         channels = {f"{schema}.{topic}": topic for topic in self._topics}
         for channel in channels:
             raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
