@@ -199,7 +199,7 @@ class Incarnation:
                 Prune(orders.retention),
                 Count(),
                 Clean(),
-                Trouble(lambda: self._fetcher.rank == 0),
+                Trouble(lambda: self._fetcher.due.rank == 0),
                 Strangers(lambda: list(self._heart.slots), lambda: orders.workers.kinds),
                 LookAround(self._meters),
                 *([Reindex()] if orders.reindex else []),

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, cast
 
 REPEAT_EVERY: Final = 1.0
 """Seconds between two lines that say the same."""
@@ -57,7 +57,9 @@ def rendered(message: str, args: tuple[object, ...], cleaned: Callable[[str], st
     """Message and args for a record: as they are (for whoever groups by the message), unless their text has to be
     *cleaned*.
     """
-    given: object = args[0] if len(args) == 1 and isinstance(args[0], Mapping) and args[0] else args
+    given: object = args
+    if len(args) == 1 and args[0] and isinstance(args[0], Mapping):  # as logging takes it
+        given = cast("Mapping[str, object]", args[0])
     try:
         text = message % given if args else message
     except Exception:  # noqa: BLE001 - logging would print the args

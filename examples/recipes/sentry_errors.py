@@ -3,7 +3,7 @@
 ``Runner(engine, workers, queues=..., on_error=report)``, after ``set_up(dsn)``.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import sentry_sdk
 from sentry_sdk.integrations.logging import ignore_logger
@@ -32,7 +32,7 @@ def _hidden(value: Any, job: JobContext[Any]) -> Any:
     if isinstance(value, str):
         return job.redact(value)
     if isinstance(value, dict):
-        return {key: _hidden(each, job) for key, each in value.items()}
+        return {key: _hidden(each, job) for key, each in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
-        return [_hidden(each, job) for each in value]
+        return [_hidden(each, job) for each in cast("list[object]", value)]
     return value

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
@@ -127,11 +127,11 @@ class Telling:
             self._end(job, span, began, error)
             raise
         if isinstance(outcome, Awaitable):
-            return self._awaited(job, span, began, outcome)
+            return self._awaited(job, span, began, cast("Awaitable[object]", outcome))
         self._end(job, span, began, None)
         return outcome
 
-    async def _awaited(self, job: JobContext[Any], span: Span, began: float, outcome: Awaitable[Any]) -> Any:
+    async def _awaited(self, job: JobContext[Any], span: Span, began: float, outcome: Awaitable[object]) -> object:
         try:
             with trace.use_span(span, record_exception=False, set_status_on_exception=False):
                 came_to = await outcome

@@ -82,11 +82,11 @@ _oldest: Final = (
 
 # Caller: duties/trouble.py, once a minute, by one runner at a time, about its own queues. Index: river_job_fetch_idx:
 # the 250 oldest entries of each queue and priority, and their rows. Jobs of unknown kinds gather there.
-SELECT_STRANGERS: Final = (
+SELECT_STRANGERS: Final[Any] = (
     select(_oldest.c.kind, func.count().label("jobs"))
     .select_from(_asked.join(_lanes, true()).join(_oldest, true()))
     .where(_oldest.c.kind != func.all(array_of("p_kinds", Text)))
     .group_by(_oldest.c.kind)
-    .order_by(func.count().desc(), _oldest.c.kind)
+    .order_by(literal_column("2").desc(), _oldest.c.kind)
     .limit(literal("20"))
 )

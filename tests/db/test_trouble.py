@@ -126,7 +126,15 @@ def test_a_clock_that_differs_is_reported_by_the_heartbeat(
 ) -> None:
     def beat() -> None:
         heartbeat.Heartbeat(
-            own, "r", {"default": 1}, 5.0, 30.0, unfinished=list, lost=lambda _: None, learnt=lambda _: None
+            own,
+            "r",
+            {"default": 1},
+            5.0,
+            30.0,
+            free=list[str],
+            unfinished=list,
+            lost=lambda _: None,
+            learnt=lambda _: None,
         ).step()
 
     class Shifted(datetime):
@@ -166,7 +174,7 @@ def test_what_looks_for_trouble_reads_its_bound_of_one_index_and_no_more(engine:
                     statement,
                     asked,
                     plan=plan,
-                    settings=own_settings("fetch"),  # type: ignore[arg-type]
+                    settings=own_settings("fetch"),
                 )
                 assert found.indexes == {"river_job_fetch_idx"}, found
                 assert sum(node["Actual Rows"] * node["Actual Loops"] for node in found.scans("river_job")) <= bound

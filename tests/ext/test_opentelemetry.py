@@ -23,7 +23,7 @@ from sqla_river.ext.opentelemetry import SqlaRiverInstrumentor
 from sqla_river.hooks import EVENTS_EVERYWHERE, WORK_EVERYWHERE
 from tests.database import emptied, shared_database
 from tests.making import Count, Greet, eventually, make_job, read_job
-from tests.working import after, handling, put, settled, working
+from tests.working import after, handling, nothing, put, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,16 @@ def telemetry() -> Iterator[Telemetry]:
     SqlaRiverInstrumentor().instrument(tracer_provider=found.tracers, meter_provider=found.meters)
     yield found
     SqlaRiverInstrumentor().uninstrument()
-    assert INSERT_EVERYWHERE == WORK_EVERYWHERE == EVENTS_EVERYWHERE == []
+    assert [*INSERT_EVERYWHERE, *WORK_EVERYWHERE, *EVENTS_EVERYWHERE] == []
 
 
 def parent_of(span: ReadableSpan) -> int | None:
     return span.parent.span_id if span.parent is not None else None
+
+
+def id_of(span: ReadableSpan) -> int:
+    assert span.context is not None
+    return int(span.context.span_id)
 
 
 def about(span: ReadableSpan) -> dict[str, Any]:
@@ -100,12 +105,13 @@ def test_a_job_is_enqueued_processed_and_settled_in_linked_traces(engine: Engine
     assert (sent.kind, process.kind, settle.kind) == (SpanKind.PRODUCER, SpanKind.CONSUMER, SpanKind.CLIENT)
     assert parent_of(sent) == request.get_span_context().span_id
     assert process.parent is None
-    assert [link.context.span_id for link in process.links] == [sent.context.span_id]
-    assert (parent_of(inner), parent_of(settle)) == (process.context.span_id, process.context.span_id)
+    assert [link.context.span_id for link in process.links] == [id_of(sent)]
+    assert (parent_of(inner), parent_of(settle)) == (id_of(process), id_of(process))
     assert (settle.start_time or 0) >= (process.end_time or 0)
     row = read_job(engine, job_id)["metadata"]
     assert set(row) == {"traceparent"}
-    assert row["traceparent"].startswith(f"00-{sent.context.trace_id:032x}-{sent.context.span_id:016x}-0")
+    assert sent.context is not None
+    assert row["traceparent"].startswith(f"00-{sent.context.trace_id:032x}-{id_of(sent):016x}-0")
     common = {
         "messaging.system": "sqla_river",
         "messaging.destination.name": "default",
@@ -144,8 +150,8 @@ def test_every_way_in_carries_the_trace_and_a_block_is_one_span(engine: Engine, 
     assert "messaging.destination.name" not in about(block)
     rows = [read_job(engine, job_id or 0)["metadata"] for job_id in ids]
     assert [each["traceparent"].split("-")[2] for each in rows] == [
-        f"{single.context.span_id:016x}",
-        *3 * [f"{block.context.span_id:016x}"],
+        f"{id_of(single):016x}",
+        *3 * [f"{id_of(block):016x}"],
     ]
     assert {key: rows[0][key] for key in ("mine", "tracestate")} == {"mine": 1, "tracestate": "kept=1"}
     assert sorted(
@@ -197,7 +203,7 @@ def test_a_failure_is_recorded_without_secrets_and_its_retry_links_to_the_same_s
     assert [len(span.links) for span in (first, second)] == [1, 1]
     assert first.links[0].context.span_id == second.links[0].context.span_id
     inner = telemetry.spans("inner", 2)
-    processes = [span.context.span_id for span in (first, second)]
+    processes = [id_of(span) for span in (first, second)]
     assert list(map(parent_of, inner)) == processes
     assert [about(span)["sqla_river.outcome"] for span in settles] == ["failed", "completed"]
     assert list(map(parent_of, settles)) == processes
@@ -229,9 +235,10 @@ def test_a_wish_is_no_error_and_a_transactional_job_is_settled_too(engine: Engin
 
 
 def test_a_job_without_a_usable_trace_begins_one_of_its_own(engine: Engine, telemetry: Telemetry) -> None:
-    for metadata in ({}, {"traceparent": 7}, {"traceparent": "nonsense", "tracestate": []}):
+    odd: list[dict[str, Any]] = [{}, {"traceparent": 7}, {"traceparent": "nonsense", "tracestate": []}]
+    for metadata in odd:
         make_job(engine, metadata=metadata)
-    with working(engine, lambda job: None):
+    with working(engine, nothing):
         spans = telemetry.spans("process default", 3)
 
     assert [list(span.links) for span in spans] == [[], [], []]
@@ -241,7 +248,7 @@ def test_without_a_provider_nothing_is_added(engine: Engine) -> None:
     SqlaRiverInstrumentor().instrument(tracer_provider=trace.NoOpTracerProvider())
     try:
         (job_id,) = put(engine, 1)
-        with working(engine, lambda job: None):
+        with working(engine, nothing):
             settled(engine, job_id)
     finally:
         SqlaRiverInstrumentor().uninstrument()

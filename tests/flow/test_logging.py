@@ -18,7 +18,7 @@ from recipes import sentry_errors, structlog_lines
 from sqla_river import Cancel, JobContext, Snooze, Workers
 from tests.database import emptied, shared_database
 from tests.making import Count, eventually, make_job, read_job
-from tests.working import after, handling, put, released, settled, working
+from tests.working import after, handling, nothing, put, released, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,10 @@ class Pay:
     kind: ClassVar[str] = "pay"
     order: int
     card: str = attrs.field(metadata={"sqla_river": {"redact": True}})
+
+
+def greets(job: JobContext[Count]) -> None:
+    job.log.info("hello")
 
 
 def test_each_event_is_one_line_with_the_job_and_the_runner_in_extra(
@@ -133,7 +137,7 @@ def test_what_a_job_logs_is_kept_attempt_by_attempt_in_the_shape_of_river(engine
 def test_keeping_logs_is_asked_for_by_the_runner_or_the_worker(
     engine: Engine, of_runner: bool, of_worker: bool | None, kept: bool
 ) -> None:
-    with working(engine, handling(lambda job: job.log.info("hello"), keep_logs=of_worker), keep_logs=of_runner):
+    with working(engine, handling(greets, keep_logs=of_worker), keep_logs=of_runner):
         (job_id,) = put(engine, 1)
         row = settled(engine, job_id)
 
@@ -141,7 +145,7 @@ def test_keeping_logs_is_asked_for_by_the_runner_or_the_worker(
 
 
 def test_a_job_that_logs_nothing_is_completed_on_the_lean_path(engine: Engine) -> None:
-    with working(engine, handling(lambda job: None), keep_logs=True):
+    with working(engine, handling(nothing), keep_logs=True):
         (job_id,) = put(engine, 1)
 
         assert settled(engine, job_id)["metadata"] == {}
@@ -168,7 +172,7 @@ def test_only_the_last_attempts_logs_are_kept_and_bad_metadata_harms_nothing(eng
     many = [{"attempt": number, "log": "x"} for number in range(40)]
     long = make_job(engine, metadata={"river:log": many})
     odd = make_job(engine, metadata={"river:log": "no list"})
-    with working(engine, handling(lambda job: job.log.info("hello"), keep_logs=True)):
+    with working(engine, handling(greets, keep_logs=True)):
         kept = [settled(engine, job_id)["metadata"]["river:log"] for job_id in (long, odd)]
 
     assert [each["attempt"] for each in kept[0]] == [*range(16, 40), 1]

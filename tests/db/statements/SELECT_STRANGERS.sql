@@ -8,5 +8,5 @@ ORDER BY w.scheduled_at, w.id
 LIMIT 250) AS oldest ON true
 WHERE oldest.kind != all(%(p_kinds)s::TEXT[])
 GROUP BY oldest.kind
-ORDER BY count(*) DESC, oldest.kind
+ORDER BY 2 DESC, oldest.kind
 LIMIT 20
