@@ -10,7 +10,6 @@ from sqlalchemy import (
     cast,
     column,
     func,
-    literal_column,
     select,
     text,
     true,
@@ -44,7 +43,7 @@ SELECT_OLD_TRANSACTIONS: Final[Any] = (
         .select_from(text("pg_prepared_xacts p"))
         .where(literal("p.database") == func.current_database(), literal("p.prepared") < NOW - _age),
     )
-    .order_by(literal_column("3").desc())
+    .order_by(literal("3 DESC"))
     .limit(literal("3"))
 )
 
@@ -87,6 +86,6 @@ SELECT_STRANGERS: Final[Any] = (
     .select_from(_asked.join(_lanes, true()).join(_oldest, true()))
     .where(_oldest.c.kind != func.all(array_of("p_kinds", Text)))
     .group_by(_oldest.c.kind)
-    .order_by(literal_column("2").desc(), _oldest.c.kind)
+    .order_by(literal("2 DESC"), _oldest.c.kind)
     .limit(literal("20"))
 )
