@@ -11,6 +11,8 @@ from typing import Any, Final, Literal, Protocol, Self
 import attrs
 
 from sqla_river.context import JobContext
+from sqla_river.failure import message_of
+from sqla_river.logs import Log
 from sqla_river.outcomes import Cancel
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import JobState
@@ -225,5 +227,5 @@ class Meters:
         for meter in self._meters:
             try:
                 getattr(meter, what)(told)
-            except Exception:
-                log.warning("%s.%s() failed", type(meter).__name__, what, exc_info=True)
+            except Exception as error:  # noqa: BLE001 - nor does one meter keep the next
+                log.warning("%s.%s() failed: %s", type(meter).__name__, what, message_of(error))

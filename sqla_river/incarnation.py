@@ -390,9 +390,7 @@ class Incarnation:
         if not self._finish_by(began + soft, hurried=1):
             if self._held:
                 took = time.monotonic() - began
-                log.warning(
-                    "%d jobs still run after %.1f s and are interrupted", len(self._held), took, runner=self.id
-                )
+                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._held), took, runner=self.id)
             self.executor.interrupt()
             # What a fetch on its way brings must go back before the last results are written.
             patience = INTERRUPT_TIMEOUT if self._held else FETCH_TIMEOUT

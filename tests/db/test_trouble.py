@@ -115,7 +115,7 @@ def test_kinds_that_nobody_knows_here_are_named_once_they_wait(
     make_jobs(engine, 1, kind="young", due_in=timedelta(seconds=-30))
     make_jobs(engine, 5, kind=Count.kind, due_in=old)
     make_jobs(engine, 1, kind="elsewhere", queue="elsewhere", due_in=old)
-    Strangers(["default"], lambda: [Count.kind]).do(own)
+    Strangers(lambda: ["default"], lambda: [Count.kind]).do(own)
 
     (line,) = said(caplog)
     assert r"have no worker in this runner: 3 of 'new\nkind', 1 of 'other'; import" in line

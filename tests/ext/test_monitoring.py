@@ -248,7 +248,8 @@ def test_a_real_prometheus_answers_every_query_and_fires_the_backlog_alert(
             put(engine, 2)
 
             def fired() -> dict[tuple[str, str], str]:
-                found: list[dict[str, Any]] = (watcher.asked("alerts") or {}).get("alerts", [])
+                said: Any = watcher.asked("alerts")
+                found: list[dict[str, Any]] = said["alerts"] if said else []
                 firing = [alert for alert in found if alert["state"] == "firing"]
                 return {(of["labels"]["alertname"], of["labels"].get("queue", "")): of["value"] for of in firing}
 
