@@ -206,16 +206,18 @@ class Prometheus:
         )
 
     def asked(self, what: str, **query: str) -> Any:
-        """What the HTTP API says; nothing while Prometheus starts."""
+        """What the HTTP API says; an empty object while Prometheus starts."""
         assert self.process.poll() is None, "Prometheus has ended"
         url = f"http://127.0.0.1:{self.port}/api/v1/{what}?{urllib.parse.urlencode(query)}"
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
+            if error.code == 503:  # it reads its own files first
+                return {}
             raise AssertionError(error.read().decode()) from error
-        except urllib.error.URLError:
-            return None
+        except OSError:
+            return {}
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -248,15 +250,18 @@ def test_a_real_prometheus_answers_every_query_and_fires_the_backlog_alert(
             put(engine, 2)
 
             def fired() -> dict[tuple[str, str], str]:
-                said: Any = watcher.asked("alerts")
-                found: list[dict[str, Any]] = said["alerts"] if said else []
+                found: list[dict[str, Any]] = watcher.asked("alerts").get("alerts", [])
                 firing = [alert for alert in found if alert["state"] == "firing"]
                 return {(of["labels"]["alertname"], of["labels"].get("queue", "")): of["value"] for of in firing}
 
-            eventually(lambda: ("SqlaRiverBacklog", "reports") in fired(), 60.0, "the backlog alert")
-            alerts = fired()
+            def settled_down() -> dict[tuple[str, str], str]:
+                alerts = fired()  # until the runner is ready, that there is none
+                fires = ("SqlaRiverBacklog", "reports") in alerts and ("SqlaRiverNoRunner", "") not in alerts
+                return alerts if fires else {}
+
+            alerts = eventually(settled_down, 60.0, "the backlog alert")
             running = {"query": "sqla_river_jobs_in_progress == 1"}
-            eventually(lambda: watcher.asked("query", **running)["result"], 60.0, "the job that runs")
+            eventually(lambda: watcher.asked("query", **running).get("result"), 60.0, "the job that runs")
             scraped = set(watcher.asked("label/__name__/values"))
             answers = {
                 query: watcher.asked("query", query=query.replace("$__rate_interval", "1m").replace("$queue", ".*"))
@@ -269,7 +274,7 @@ def test_a_real_prometheus_answers_every_query_and_fires_the_backlog_alert(
 
     assert float(alerts["SqlaRiverBacklog", "reports"]) > 10_000
     assert ("SqlaRiverBacklog", "default") not in alerts
-    assert not any(name in {"SqlaRiverStuckLoop", "SqlaRiverNoRunner"} for name, _ in alerts)
+    assert not any(name == "SqlaRiverStuckLoop" for name, _ in alerts)
     gone = {"sqla_river_jobs_cancelled_total", "sqla_river_jobs_snoozed_total", "sqla_river_jobs_rescued_total"}
     for query, answer in answers.items():
         names = metrics_in(query)
