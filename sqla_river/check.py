@@ -1,6 +1,5 @@
 """Are the tables as this library needs them? By what the catalog says, not by a version number alone."""
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,11 +9,12 @@ from sqlalchemy.dialects import postgresql
 
 from sqla_river import ddl, store
 from sqla_river.errors import SchemaError
+from sqla_river.logs import Log
 from sqla_river.schema import look
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 MIGRATE: Final = "run 'alembic upgrade head' with the river migration included, or 'sqla-river migrate'"
 REPAIR: Final = "run 'sqla-river migrate', which repairs it and keeps nobody waiting"

@@ -4,7 +4,6 @@ One thread per runner, on a connection of its own, overlapping the fetch. It flu
 batches under load (group commit): while one is being written, the next gathers.
 """
 
-import logging
 import math
 import time
 from collections import deque
@@ -16,13 +15,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from sqla_river.context import JobContext
 from sqla_river.failure import storable
+from sqla_river.logs import Log, of_job, without_passwords
 from sqla_river.policy import RIVER_POLICY
 from sqla_river.rows import JobRow, Result
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.store import OwnConnection, error_json
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 LARGEST_BATCH: Final = 1_000
 LARGEST_BACKLOG: Final = 10_000
@@ -206,10 +206,12 @@ class Completer:
 
     def _refused(self, result: Result, error: Exception, pause: float) -> None:
         """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
-        said = str(error).partition("\n")[0][:500]
-        log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", result.job.id, pause, said)
+        job = result.job
+        said = without_passwords(str(error).partition("\n")[0][:500])
+        log.error(
+            "the outcome of job %d cannot be written, tried again in %.2f s: %s", job.id, pause, said, **of_job(job)
+        )
         if pause >= _GIVE_UP:
-            job = result.job
             error_ = AttemptError(job.attempt, storable(f"its outcome could not be stored: {said}", 1_000))
             last = job.attempt >= job.max_attempts
             transition = discarded(error_) if last else errored(error_, RIVER_POLICY.delay(job.attempt))

@@ -11,7 +11,7 @@ import attrs
 
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, json_keys, kind_of, unique_fields
 from sqla_river.errors import ConfigError, EncodeError, InvalidOptionError
-from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind, shown
+from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind
 from sqla_river.rows import InsertRow
 from sqla_river.unique import Unique
 
@@ -34,6 +34,10 @@ class InsertMiddleware(Protocol):
     def insert(
         self, rows: Sequence[InsertRow], call_next: Callable[[Sequence[InsertRow]], Sequence[InsertRow]], /
     ) -> Sequence[InsertRow]: ...
+
+
+INSERT_EVERYWHERE: Final[list[InsertMiddleware]] = []
+"""Around every insert of this process, outside of each River's own: for tools that watch the whole program."""
 
 
 def _around(
@@ -81,7 +85,7 @@ class Settings:
     def one(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
         """The `row` of *args*, through the middleware."""
         row = self.row(args, said)
-        return self.through([row])[0] if self.middleware else row
+        return self.through([row])[0] if self.middleware or INSERT_EVERYWHERE else row
 
     def through(self, rows: Sequence[InsertRow]) -> Sequence[InsertRow]:
         """*rows* as the middleware, the first of it outermost, hands them on.
@@ -94,12 +98,15 @@ class Settings:
             return rows
 
         next_: Callable[[Sequence[InsertRow]], Sequence[InsertRow]] = innermost
-        for middleware in reversed(self.middleware):
+        for middleware in reversed((*INSERT_EVERYWHERE, *self.middleware)):
             next_ = _around(middleware, next_)
         passed: Any = next_(rows)
         if not isinstance(passed, list | tuple) or len(cast("Sequence[InsertRow]", passed)) != len(rows):
-            got = shown(cast("object", passed))
-            raise ConfigError(f"insert middleware must return the {len(rows)} rows that call_next gives, got {got}")
+            got = f"{len(cast('list[object]', passed))} in a " if isinstance(passed, list | tuple) else "a "
+            raise ConfigError(
+                f"insert middleware must return the {len(rows)} rows that call_next gives, "
+                f"got {got}{type(cast('object', passed)).__name__}"
+            )
         return cast("Sequence[InsertRow]", passed)
 
     def row(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
+from sqla_river import redact
 from sqla_river.errors import InvalidOptionError
+from sqla_river.joblog import JobLog
+from sqla_river.logs import one_line
 from sqla_river.options import check_json, json_text
 from sqla_river.rows import JobRow
 
@@ -17,6 +20,9 @@ A_co = TypeVar("A_co", covariant=True)
 CancelReason = Literal["timeout", "cancel", "stop", "lease lost"]
 
 LONGEST_OUTPUT: Final = 1_048_576
+KEPT_LOGS: Final = 25
+"""Attempts of a job whose log is kept, the last ones; as many as errors."""
+_LOGS_KEY: Final = "river:log"
 
 _lock: Final = threading.Lock()
 
@@ -58,6 +64,13 @@ class Metadata(MutableMapping[str, Any]):
     def __len__(self) -> int:
         return len({**self._stored, **self._changes})
 
+    def add_log(self, attempt: int, text: str) -> None:
+        """Keep what *attempt* logged, in River's shape, behind what earlier ones did."""
+        found: object = self._stored.get(_LOGS_KEY)
+        earlier = cast("list[object]", found) if isinstance(found, list) else []
+        entries = [*earlier[-KEPT_LOGS + 1 :], {"attempt": attempt, "log": text}]
+        self._changes[_LOGS_KEY] = json.dumps(entries)
+
     @property
     def staged(self) -> str | None:
         """What was assigned, as the JSON text of an object; None if nothing was."""
@@ -81,10 +94,12 @@ class JobContext(Generic[A_co]):
         progressed: the last progress, as JSON text.
         tell: called after each progress.
         error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
+        logs_since: when the attempt began (monotonic), where its log is to be kept; else None.
     """
 
     __slots__ = (
         "_cancelled",
+        "_hide",
         "_log",
         "_metadata",
         "_reason",
@@ -92,6 +107,7 @@ class JobContext(Generic[A_co]):
         "deadline",
         "error",
         "interrupt",
+        "logs_since",
         "progressed",
         "row",
         "tell",
@@ -109,7 +125,9 @@ class JobContext(Generic[A_co]):
         self.error: BaseException | None = None
         self._cancelled: Cancelled | None = None
         self._reason: CancelReason | None = None
-        self._log: logging.LoggerAdapter[logging.Logger] | None = None
+        self.logs_since: float | None = None
+        self._hide: Callable[[str], str] | None = None
+        self._log: JobLog | None = None
         self._metadata: Metadata | None = None
 
     @property
@@ -172,11 +190,24 @@ class JobContext(Generic[A_co]):
 
     @property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":
-        """A logger whose records carry job_id, kind, queue and attempt."""
+        """A logger whose records carry job_id, kind, queue, attempt and runner, and no secrets of the args.
+
+        With ``keep_logs`` of the worker or the runner, its last 64 kB from INFO on are stored with the outcome, in
+        River's metadata key ``river:log``.
+        """
         if self._log is None:
-            extra = {"job_id": self.id, "kind": self.kind, "queue": self.queue, "attempt": self.attempt}
-            self._log = logging.LoggerAdapter(logging.getLogger("sqla_river.job"), extra)
+            self._log = JobLog(self.row, self.redact, self.logs_since)
         return self._log
+
+    def redact(self, text: str) -> str:
+        """*text* with ``***`` for the values of redacted args fields: for whoever sends the text of an error, or of a
+        log, elsewhere.
+
+        A value of fewer than four characters is hidden where it stands alone.
+        """
+        if self._hide is None:
+            self._hide = redact.hider(type(self.args), self.row.args, self.args) or str
+        return self._hide(text)
 
     @property
     def cancelled(self) -> Cancelled:
@@ -193,7 +224,7 @@ class JobContext(Generic[A_co]):
             return self._cancelled
 
     def __repr__(self) -> str:
-        return f"<job {self.id} {self.kind} attempt {self.attempt}>"
+        return f"<job {self.id} {one_line(self.kind)} attempt {self.attempt}>"
 
 
 def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
@@ -219,5 +250,9 @@ def cancel_reason(job: JobContext[Any]) -> CancelReason | None:
 
 
 def staged_metadata(job: JobContext[Any]) -> str | None:
-    """What the handler assigned to the metadata, as JSON text, if anything."""
+    """What the handler assigned to the metadata, as JSON text, if anything; and its log, if that is kept."""
+    if job._log is not None and job.logs_since is not None:
+        text = job._log.kept()
+        if text is not None:
+            job.metadata.add_log(job.attempt, text)
     return job._metadata.staged if job._metadata is not None else None

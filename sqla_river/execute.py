@@ -1,7 +1,6 @@
 """Execute: call user code. Knows no SQL, catches everything, and always hands on a Result."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
@@ -9,17 +8,18 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
-from sqla_river import failure, states
+from sqla_river import failure, redact, states
 from sqla_river.args import Codec
 from sqla_river.context import JobContext, cancel_context, cancel_reason, staged_metadata
-from sqla_river.hooks import Around, ErrorHandler, WorkMiddleware
+from sqla_river.hooks import WORK_EVERYWHERE, Around, ErrorHandler, WorkMiddleware
+from sqla_river.logs import Log, of_job, one_line
 from sqla_river.outcomes import LONGEST_DELAY, Cancel, Snooze
 from sqla_river.policy import RIVER_POLICY, Exponential, RiverPolicy
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Retry, Worker, Workers
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 _OURS: Final = (Exponential, RiverPolicy)
 
@@ -57,6 +57,8 @@ class Executor:
         middleware: around every call, the first outermost.
         around: entered before all else of an attempt, its session too, and left when it is settled.
         on_error: asked after each failure; it may answer Cancel.
+        keep_logs: for workers that do not say whether what ``job.log`` says is kept with the job.
+        log_args: whether the record of a failure carries the args, with ``***`` for redacted fields, as ``job_args``.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class Executor:
         middleware: Sequence[WorkMiddleware] = (),
         around: Around | None = None,
         on_error: ErrorHandler | None = None,
+        keep_logs: bool = False,
+        log_args: bool = False,
     ) -> None:
         self._workers = workers
         self._codec = codec
@@ -83,6 +87,8 @@ class Executor:
         self._middleware = tuple(middleware)
         self._around: Around = nullcontext if around is None else lambda: _Surroundings(around())
         self._on_error = on_error
+        self._keep_logs = keep_logs
+        self._log_args = log_args
         self._interrupted = False
         self._cancelled: set[int] = set()
         self.running: dict[int, JobContext[Any]] = {}
@@ -166,6 +172,8 @@ class Executor:
         else:
             attempt.job = job = JobContext(row, self._codec.decode(worker.args_type, row.args))
             job.tell = self._progressed
+            if self._keep_logs if worker.keep_logs is None else worker.keep_logs:
+                job.logs_since = attempt.began
         return worker
 
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:
@@ -184,7 +192,9 @@ class Executor:
         """Await the handler in a task of its own, so that cancelling it never reaches what is around it."""
         job = attempt.job
         loop = asyncio.get_running_loop()
-        task = loop.create_task(_awaited(self._chain(worker), job, *session), name=f"job {job.id} ({job.kind})")
+        task = loop.create_task(
+            _awaited(self._chain(worker), job, *session), name=f"job {job.id} ({one_line(job.kind)})"
+        )
         job.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
         self._start(worker, attempt)
         try:
@@ -196,7 +206,8 @@ class Executor:
         return outcome
 
     def _chain(self, worker: Worker) -> Callable[..., Any]:
-        if not self._middleware:
+        around = (*WORK_EVERYWHERE, *self._middleware) if WORK_EVERYWHERE else self._middleware
+        if not around:
             return worker.handler
         handler = worker.handler
 
@@ -205,7 +216,7 @@ class Executor:
                 return handler(job, *session)
 
             next_: Callable[[JobContext[Any]], Any] = innermost
-            for middleware in reversed(self._middleware):
+            for middleware in reversed(around):
                 next_ = _around(middleware, next_)
             return next_(job)
 
@@ -216,12 +227,13 @@ class Executor:
         metadata = staged_metadata(attempt.job)
         if outcome is None:
             return states.completed(metadata)
-        return _wish(attempt.row.attempt, outcome, metadata)
+        return _wish(attempt.row.attempt, outcome, metadata, attempt.job.redact)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
         row = attempt.row
         if attempt.settled is not None:  # it is committed: what came after that is no matter of the job's
-            log.warning("job %d (%s) is settled, in spite of %s", row.id, row.kind, failure.message_of(error))
+            said = failure.message_of(error, _hides(attempt.worker, row, attempt.job_or_none))
+            log.warning("job %d (%s) is settled, in spite of %s", row.id, row.kind, said, **of_job(row))
         elif isinstance(error, self._scope.no_failure):
             attempt.error = error
             attempt.transition = states.interrupted()
@@ -261,14 +273,15 @@ class Executor:
         self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
     ) -> Transition:
         """The row change that *error* asks for, whatever else goes wrong on the way."""
+        hide = _hides(worker, row, job)
         try:
             metadata = staged_metadata(job) if job is not None else None
             if isinstance(error, Snooze | Cancel):
-                return _wish(row.attempt, error, metadata)
+                return _wish(row.attempt, error, metadata, hide)
             reason = cancel_reason(job) if job is not None else None
             if reason == "stop":
                 return states.interrupted(metadata)
-            said = failure.attempt_error(row.attempt, error)
+            said = failure.attempt_error(row.attempt, error, hide)
             if reason == "timeout" and isinstance(error, asyncio.CancelledError):
                 said = AttemptError(
                     row.attempt, "TimeoutError: the handler was cancelled, it was over its timeout", said.trace
@@ -282,15 +295,22 @@ class Executor:
                 row.attempt,
                 row.max_attempts,
                 said.error,
+                **of_job(row),
+                **self._args_of(worker, row),
             )
             wish = self._ask(worker, row, job, error)
             if isinstance(wish, Cancel):
-                return states.cancelled(_cancel_error(row.attempt, wish, said.trace), metadata)
+                return states.cancelled(_cancel_error(row.attempt, wish, hide, said.trace), metadata)
             if row.attempt >= row.max_attempts:
                 return states.discarded(said, metadata)
             return states.errored(said, wish, metadata)
         except BaseException as second:  # noqa: BLE001 - judging must not fail either
-            return states.errored(failure.attempt_error(row.attempt, second), RIVER_POLICY.delay(row.attempt))
+            return states.errored(failure.attempt_error(row.attempt, second, hide), RIVER_POLICY.delay(row.attempt))
+
+    def _args_of(self, worker: Worker | None, row: JobRow) -> dict[str, object]:
+        if not self._log_args or worker is None:
+            return {}
+        return {"job_args": one_line(redact.shown_args(worker.args_type, row.args))}
 
     def _asks(self, worker: Worker | None) -> bool:
         """Whether a failure is put before code of the user's."""
@@ -317,14 +337,16 @@ class Executor:
             delay: Any = policy(row.attempt) if policy is not None else asked(job)
             return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
         except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
-            log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, failure.message_of(second))
+            said = failure.message_of(second, _hides(worker, row, job))
+            log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, said, **of_job(row))
             return RIVER_POLICY.delay(row.attempt)
 
     def _answer(self, job: JobContext[Any], error: BaseException) -> object:
         try:
             return self._on_error(job, error) if self._on_error is not None else None
         except BaseException as second:  # noqa: BLE001 - nor must the error handler
-            log.warning("the error handler failed for job %d: %s", job.id, failure.message_of(second))
+            said = failure.message_of(second, job.redact)
+            log.warning("the error handler failed for job %d: %s", job.id, said, **of_job(job.row))
             return None
 
 
@@ -387,14 +409,21 @@ def _around(middleware: WorkMiddleware, next_: Callable[[JobContext[Any]], Any])
     return lambda job: middleware.work(job, next_)
 
 
-def _wish(attempt: int, outcome: object, metadata: str | None) -> Transition:
+def _hides(worker: Worker | None, row: JobRow, job: JobContext[Any] | None) -> Callable[[str], str]:
+    """What takes the secrets of a job out of a text."""
+    if job is not None:
+        return job.redact
+    return (redact.hider(worker.args_type, row.args) if worker is not None else None) or str
+
+
+def _wish(attempt: int, outcome: object, metadata: str | None, hide: Callable[[str], str]) -> Transition:
     """The row change for what a handler returned or raised as its wish."""
     if isinstance(outcome, Snooze):
         return states.snoozed(outcome.delay, metadata)
     if isinstance(outcome, Cancel):
-        return states.cancelled(_cancel_error(attempt, outcome), metadata)
+        return states.cancelled(_cancel_error(attempt, outcome, hide), metadata)
     raise TypeError(f"a handler returns None, Snooze(...) or Cancel(...), this one returned {type(outcome).__name__}")
 
 
-def _cancel_error(attempt: int, cancel: Cancel, trace: str = "") -> AttemptError:
-    return AttemptError(attempt, failure.storable(f"JobCancelError: {cancel.reason}", 2_000), trace)
+def _cancel_error(attempt: int, cancel: Cancel, hide: Callable[[str], str], trace: str = "") -> AttemptError:
+    return AttemptError(attempt, failure.storable(f"JobCancelError: {hide(str(cancel.reason))}", 2_000), trace)

@@ -1,9 +1,11 @@
 """How a failed attempt is put into words: bounded, storable, and never failing itself."""
 
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
+from sqla_river.logs import without_passwords
 from sqla_river.states import AttemptError
 
 LONGEST: Final = 10_000
@@ -27,17 +29,23 @@ def _raw(text: str) -> bytes:
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace")
 
 
-def message_of(error: BaseException) -> str:
-    """``Type: text``, even where the text cannot be had."""
+def _as_it_is(text: str) -> str:
+    return text
+
+
+def message_of(error: BaseException, hide: Callable[[str], str] = _as_it_is) -> str:
+    """``Type: text``, even where the text cannot be had; *hide* takes out what nobody may read."""
     name = type(error).__name__
     try:
         text = str(error)
     except BaseException:  # noqa: BLE001 - an error whose __str__ raises is still an error
         text = "<its text cannot be read>"
+    # Cut twice: of a secret that the first cut halves, nothing is left by the second.
+    text = hide(without_passwords(text[: 4 * _MESSAGE]))
     return storable(f"{name}: {text}" if text else name, _MESSAGE)
 
 
-def trace_of(error: BaseException) -> str:
+def trace_of(error: BaseException, hide: Callable[[str], str] = _as_it_is) -> str:
     """The traceback, without local values, its end kept where it is too long."""
     text = ""
     with suppress(BaseException):
@@ -46,10 +54,10 @@ def trace_of(error: BaseException) -> str:
             text = "".join(lines)
     if not text:
         with suppress(BaseException):
-            text = "".join([*traceback.format_tb(error.__traceback__, limit=-40), message_of(error)])
-    return _storable_end(text, LONGEST - _MESSAGE)
+            text = "".join([*traceback.format_tb(error.__traceback__, limit=-40), message_of(error, hide)])
+    return _storable_end(hide(without_passwords(text[-4 * LONGEST :])), LONGEST - _MESSAGE)
 
 
-def attempt_error(attempt: int, error: BaseException) -> AttemptError:
+def attempt_error(attempt: int, error: BaseException, hide: Callable[[str], str] = _as_it_is) -> AttemptError:
     """What is kept of *error*, which ended attempt number *attempt*."""
-    return AttemptError(attempt, message_of(error), trace_of(error))
+    return AttemptError(attempt, message_of(error, hide), trace_of(error, hide))

@@ -9,10 +9,11 @@ still its own.
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
+from sqla_river.logs import Log
 from sqla_river.rows import JobRow
 from sqla_river.statements import (
     DELETE_RUNNER,
@@ -25,8 +26,13 @@ from sqla_river.statements import (
 )
 from sqla_river.store import OwnConnection
 
+log: Final = Log(__name__)
+
 TOUCH_QUEUES_EVERY: Final = 600.0
 """Seconds; River's clients delete a queue that nobody touched for 24 h."""
+
+
+MOST_SKEW: Final = timedelta(seconds=1)
 
 
 class Fleet(NamedTuple):
@@ -46,6 +52,18 @@ def library_version() -> str:
         return version("sqla-river")
     except PackageNotFoundError:
         return "unknown"
+
+
+def _compare(before: datetime, at: datetime, after: datetime) -> None:
+    """Warn if the clock of this machine, read *before* and *after* the database's, is another one."""
+    skew = before - at if before > at else min(after - at, timedelta(0))
+    if abs(skew) > MOST_SKEW:
+        log.remind(
+            "the clock of this machine is %.1f s %s that of the database; jobs go by the database's, what the program "
+            "compares with its own will be wrong: keep both in step with NTP",
+            abs(skew.total_seconds()),
+            "ahead of" if skew > timedelta(0) else "behind",
+        )
 
 
 class Heartbeat:
@@ -122,6 +140,7 @@ class Heartbeat:
         # The moment before the statement is sent: the row is at least as fresh as this clock says.
         began = time.monotonic()
         slots = self.slots  # which may change meanwhile
+        before = datetime.now(UTC)
         beat_on: datetime = self._own.execute(
             UPSERT_RUNNER,
             {
@@ -133,6 +152,7 @@ class Heartbeat:
                 "p_lease": timedelta(seconds=self._lease),
             },
         ).scalar_one()
+        _compare(before, beat_on, datetime.now(UTC))
         gap = began - self._beat_at
         # The monotonic clock stands still while a machine sleeps, and the database's may be set: the longer gap counts.
         stored = (beat_on - self._beat_on).total_seconds() if self._beat_on is not None else math.inf

@@ -1,6 +1,5 @@
 """The jobs that a runner holds: from their fetch, through a slot, until the completer has what came of them."""
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -10,10 +9,11 @@ from sqla_river import states
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
 from sqla_river.execute import Executor
+from sqla_river.logs import Log, of_job
 from sqla_river.rows import JobRow, Result
-from sqla_river.slots import EventLoop, Threads
+from sqla_river.slots import EventLoop, Threads, at
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 
 class Held:
@@ -24,6 +24,7 @@ class Held:
         completer: takes what came of a job.
         slots: by queue.
         freed: told of the queue that has a slot free.
+        runner: the id that the log lines of the slots bear.
         last: awaited when the event loop of the async handlers ends.
     """
 
@@ -34,14 +35,15 @@ class Held:
         slots: Mapping[str, int],
         *,
         freed: Callable[[str], None],
+        runner: str,
         last: Callable[[], Coroutine[Any, Any, object]] | None,
     ) -> None:
         self._executor = executor
         self._completer = completer
         self._slots = slots
         self._freed = freed
-        self._threads = Threads(sum(slots.values()), executor.execute, self._finished, "sqla_river-slot")
-        self._event_loop = EventLoop(executor.execute_async, self._finished, "sqla_river-loop", last)
+        self._threads = Threads(sum(slots.values()), executor.execute, self._finished, "sqla_river-slot", runner)
+        self._event_loop = EventLoop(executor.execute_async, self._finished, "sqla_river-loop", runner, last)
         self._unfinished: dict[int, JobRow] = {}
         """By identity: a job may be fetched again before its last attempt has been taken out here."""
         self._given_up: set[JobRow] = set()
@@ -90,7 +92,11 @@ class Held:
         if not self._hand_on(result):
             self._given_up.discard(result.job)
             self._completer.stale += 1
-            log.warning("job %d came to its end after it was given up; that changes nothing", result.job.id)
+            log.warning(
+                "job %d came to its end after it was given up; that changes nothing",
+                result.job.id,
+                **of_job(result.job),
+            )
             return
         self._freed(result.job.queue)
         if self.stopping:
@@ -169,7 +175,13 @@ class Held:
         if not self._hand_on(Result(row, self._executor.give_up(job, stack))):
             self._given_up.discard(row)
             return
-        log.error("job %d (%s) ignores its timeout and is given up; it hangs at:\n%s", row.id, row.kind, stack)
+        log.error(
+            "job %d (%s) ignores its timeout and is given up; it hangs at %s",
+            row.id,
+            row.kind,
+            at(stack),
+            **of_job(row),
+        )
         self._threads.replace(row)
         self._freed(row.queue)
         if len(self._given_up) > sum(self._slots.values()):

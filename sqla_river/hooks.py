@@ -1,6 +1,5 @@
 """What users may put around our work: middleware, an error handler, events, and meters."""
 
-import logging
 import queue
 import threading
 from collections import Counter
@@ -12,6 +11,8 @@ from typing import Any, Final, Literal, Protocol, Self
 import attrs
 
 from sqla_river.context import JobContext
+from sqla_river.failure import message_of
+from sqla_river.logs import Log
 from sqla_river.outcomes import Cancel
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import JobState
@@ -39,7 +40,7 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = (
     "queue_resumed",
 )
 KEPT_EVENTS: Final = 1_000
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 
 class WorkMiddleware(Protocol):
@@ -57,6 +58,10 @@ Around = Callable[[], AbstractContextManager[object]]
 transactional job is made, left when its outcome is committed. Flask's ``app.app_context`` is one. It may raise, and the
 attempt has failed; it cannot make a failure undone.
 """
+
+WORK_EVERYWHERE: Final[list[WorkMiddleware]] = []
+"""Around every handler of this process, outside of each Runner's own: for tools that watch the whole program."""
+
 ErrorHandler = Callable[[JobContext[Any], BaseException], Cancel | None]
 """Called after each failed attempt; the answer Cancel ends the job."""
 
@@ -75,6 +80,10 @@ class Event:
     attempt: int | None = None
     seconds: float | None = None
     error: BaseException | None = None
+
+
+EVENTS_EVERYWHERE: Final[list[Callable[[Event], object]]] = []
+"""Told of every event of this process, in the runner's own threads: it must neither wait nor raise."""
 
 
 class Subscription:
@@ -151,7 +160,7 @@ class Events:
     @property
     def heard(self) -> bool:
         """Whether anybody listens."""
-        return bool(self._subscriptions)
+        return bool(self._subscriptions or EVENTS_EVERYWHERE)
 
     def subscribe(self, kinds: Sequence[EventKind]) -> Subscription:
         subscription = Subscription(kinds, self._forget)
@@ -166,6 +175,8 @@ class Events:
     def put(self, event: Event) -> None:
         for subscription in self._subscriptions:
             subscription.put(event)
+        for told in EVENTS_EVERYWHERE:
+            told(event)
 
     def results(self, written: Sequence[tuple[Result, JobState]]) -> None:
         for result, state in written:
@@ -216,5 +227,5 @@ class Meters:
         for meter in self._meters:
             try:
                 getattr(meter, what)(told)
-            except Exception:
-                log.warning("%s.%s() failed", type(meter).__name__, what, exc_info=True)
+            except Exception as error:  # noqa: BLE001 - nor does one meter keep the next
+                log.warning("%s.%s() failed: %s", type(meter).__name__, what, message_of(error))

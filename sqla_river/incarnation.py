@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import logging
 import math
 import os
 import re
@@ -12,6 +11,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import attrs
@@ -27,6 +27,7 @@ from sqla_river.duties.figures import LookAround
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.reindex import Reindex
 from sqla_river.duties.rescue import Isolate, Rescue
+from sqla_river.duties.trouble import Strangers, Trouble
 from sqla_river.duties.turns import Turns
 from sqla_river.errors import SchemaError
 from sqla_river.execute import Executor
@@ -36,6 +37,7 @@ from sqla_river.held import Held
 from sqla_river.hooks import Around, ErrorHandler, Event, Events, Meters, WorkMiddleware
 from sqla_river.listen import Listener
 from sqla_river.live import Queues
+from sqla_river.logs import Log
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.options import Retention
@@ -51,7 +53,7 @@ from sqla_river.workers import Retry, Workers
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 CONTROL: Final = "river_control"
 TOPICS: Final = ("river_insert", CONTROL)
@@ -88,6 +90,8 @@ class Orders:
     lease: float
     retention: Retention
     reindex: bool
+    keep_logs: bool
+    log_args: bool
     listen_engine: Engine | None
     middleware: Sequence[WorkMiddleware]
     around: Around | None
@@ -137,6 +141,8 @@ class Incarnation:
             middleware=orders.middleware,
             around=orders.around,
             on_error=orders.on_error,
+            keep_logs=orders.keep_logs,
+            log_args=orders.log_args,
         )
         self.completer: Completer = Completer(
             complete,
@@ -149,11 +155,14 @@ class Incarnation:
             self.completer,
             slots,
             freed=lambda queue: self._fetcher.freed(queue),
+            runner=self.id,
             # Its connections are the loop's.
             last=orders.async_engine.dispose if orders.async_engine is not None else None,
         )
         self._listener = (
-            Listener(store.twin(orders.listen_engine), schema, f"sqla_river:listen:{self.id}", TOPICS, self._heard)
+            Listener(
+                store.twin(orders.listen_engine), schema, f"sqla_river:listen:{self.id}", TOPICS, self._heard, self.id
+            )
             if orders.listen_engine is not None
             else None
         )
@@ -165,7 +174,7 @@ class Incarnation:
             deliver=self._fetched,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
-            hears=lambda: self._listener is not None and self._listener.ready.is_set(),
+            hears=lambda: self._listener is not None and self._listener.hears,
             wake=lambda: self._fetching.wake(),
         )
         self._counters = Counters(self.id)
@@ -190,17 +199,20 @@ class Incarnation:
                 Prune(orders.retention),
                 Count(),
                 Clean(),
+                Trouble(lambda: self._fetcher.due.rank == 0),
+                Strangers(lambda: list(self._heart.slots), lambda: orders.workers.kinds),
                 LookAround(self._meters),
                 *([Reindex()] if orders.reindex else []),
             ],
         )
-        self._fetching = Loop("sqla_river-fetch", self._fetcher.step, fetch.close)
-        self._completing = Loop("sqla_river-complete", self.completer.step, self._flush)
-        self._beating = Loop("sqla_river-heartbeat", self._beat, self._heart.leave, longest=min(5.0, orders.heartbeat))
-        self._maintaining = Loop(
+        loop = partial(Loop, runner=self.id)
+        self._fetching = loop("sqla_river-fetch", self._fetcher.step, fetch.close)
+        self._completing = loop("sqla_river-complete", self.completer.step, self._flush)
+        self._beating = loop("sqla_river-heartbeat", self._beat, self._heart.leave, longest=min(5.0, orders.heartbeat))
+        self._maintaining = loop(
             "sqla_river-duties", lambda: self.turns.step() if self._heart.beaten else 0.1, duties.close
         )
-        self._watching = Loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
+        self._watching = loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
 
     # ---- the arrows between the stations ------------------------------------------------------------
 
@@ -293,7 +305,7 @@ class Incarnation:
             raise self._refused
         self.started = True
         self._fetching.start()
-        log.info("runner %s works queues %s", self.id, _listed(self._heart.slots))
+        log.info("runner %s works queues %s", self.id, _listed(self._heart.slots), runner=self.id)
 
     def _beat(self) -> float:
         """A heartbeat; before the first, whether the tables are there and as this library needs them."""
@@ -378,7 +390,7 @@ class Incarnation:
         if not self._finish_by(began + soft, hurried=1):
             if self._held:
                 took = time.monotonic() - began
-                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._held), took)
+                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._held), took, runner=self.id)
             self.executor.interrupt()
             # What a fetch on its way brings must go back before the last results are written.
             patience = INTERRUPT_TIMEOUT if self._held else FETCH_TIMEOUT
@@ -388,6 +400,7 @@ class Incarnation:
                     "%d jobs ignore the stop and are left behind: %s",
                     len(left),
                     [(row.id, row.kind) for row in left[:20]],
+                    runner=self.id,
                 )
                 self._held.give_back(left)
         self._held.stop()
@@ -399,7 +412,7 @@ class Incarnation:
             self._listener.join(0.1)
         self._beating.join(0.1)
         self._held.join(0.1)
-        log.info("runner %s has stopped", self.id)
+        log.info("runner %s has stopped", self.id, runner=self.id)
 
     def _write_the_last(self, deadline: float) -> None:
         """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is
@@ -419,6 +432,7 @@ class Incarnation:
                 "%d results could not be written; their jobs run again when the lease of %s is over",
                 self.completer.backlog,
                 self.id,
+                runner=self.id,
             )
 
     def _finish_by(self, deadline: float, hurried: int) -> bool:

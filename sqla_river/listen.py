@@ -2,25 +2,28 @@
 again.
 """
 
-import logging
+import secrets
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from psycopg import sql
 from sqlalchemy import Engine, func, select
 
+from sqla_river.logs import RUNNER, Log
 from sqla_river.loop import Backoff
 from sqla_river.store import OwnConnection
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 PING: Final = 5.0
 """Seconds without a word after which the connection is asked whether it still lives; River's number."""
+ECHO_WITHIN: Final = 2.0
+"""Seconds for a notification of our own to come back."""
 
 
 class Listener:
@@ -37,7 +40,10 @@ class Listener:
         name: str,
         topics: tuple[str, ...],
         heard: Callable[[str | None, str, int], None],
+        runner: str = "",
     ) -> None:
+        self._runner = runner
+        self._engine = engine
         self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
         self._topics = topics
         self._heard = heard
@@ -47,12 +53,19 @@ class Listener:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.ready = threading.Event()
         """Set while LISTEN is in force."""
+        self.deaf = False
+        """Whether notifications do not come through, because a transaction pooler stands in between."""
         self.turned = self.moved = time.monotonic()
         """As those of a `Loop`."""
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def hears(self) -> bool:
+        """Whether notifications come through."""
+        return self.ready.is_set() and not self.deaf
 
     def start(self) -> None:
         self.turned = self.moved = time.monotonic()
@@ -70,6 +83,7 @@ class Listener:
         self._thread.join(timeout)
 
     def _run(self) -> None:
+        RUNNER.set(self._runner)
         backoff = Backoff(log, "listen")
         with self._wake_read, self._wake_write:
             while not self._stopping.is_set():
@@ -82,13 +96,40 @@ class Listener:
                     self._stopping.wait(backoff.failed(error))
             self._own.close()
 
+    def _is_deaf(self, raw: Any) -> bool:
+        """Whether a transaction pooler hands our LISTEN from one server connection to the next.
+
+        The process that answers a pooled connection is not the one that the connection was told of at its start. Then
+        a notification of our own, sent on another connection, says whether any comes through.
+        """
+        (answers,) = raw.execute("SELECT pg_backend_pid()").fetchone()
+        if answers == raw.info.backend_pid:
+            return False
+        channel = f"sqla_river_echo_{secrets.token_hex(4)}"
+        raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        other = OwnConnection(self._engine, None, "sqla_river:echo")
+        try:
+            other.get().execute(select(func.pg_notify(channel, "")))
+        finally:
+            other.close()
+        heard = any(each.channel == channel for each in raw.notifies(timeout=ECHO_WITHIN))
+        raw.execute(sql.SQL("UNLISTEN {}").format(sql.Identifier(channel)))
+        if not heard:
+            log.remind(
+                "LISTEN goes through a transaction pooler, and no notification comes back: jobs wait for the poll; "
+                "give the Runner listen=, an engine that connects to PostgreSQL directly"
+            )
+        return not heard
+
     def _listen(self, backoff: Backoff) -> None:
         connection = self._own.get()
         schema = self._own.schema or connection.execute(select(func.current_schema())).scalar_one()
         raw = self._own.raw
+        raw.prepare_threshold = None  # a transaction pooler may not know what was prepared
         channels = {f"{schema}.{topic}": topic for topic in self._topics}
         for channel in channels:
             raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
+        self.deaf = self._is_deaf(raw)
         self.ready.set()
         self._heard(None, "", 0)
         with selectors.DefaultSelector() as waiting:

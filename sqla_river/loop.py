@@ -1,50 +1,44 @@
 """The shape of a runner's threads: one step again and again, which outlives errors of the database."""
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
-log: Final = logging.getLogger(__name__)
+from sqla_river.logs import RUNNER, Log
+
+log: Final = Log(__name__)
 
 SIGN_OF_LIFE: Final = 1.0
 """Seconds after which a loop that has nothing to do says that it is well."""
 
 
 class Backoff:
-    """How long to wait after an error: 50 ms doubling to *longest* seconds, jittered.
-
-    Says the first of a row, and then one line a second at most.
-    """
+    """How long to wait after an error: 50 ms doubling to *longest* seconds, jittered."""
 
     _FIRST = 0.05
 
-    def __init__(self, logger: logging.Logger, name: str, longest: float = 5.0) -> None:
+    def __init__(self, logger: Log, name: str, longest: float = 5.0) -> None:
         self._longest = longest
         self._log = logger
         self._name = name
         self._failures = 0
-        self._said_at = 0.0
 
     def failed(self, error: BaseException) -> float:
         """Note *error*; seconds to wait before the next try."""
         self._failures += 1
         pause = min(self._longest, self._FIRST * 2.0 ** min(self._failures - 1, 10))
         pause *= random.uniform(0.5, 1.0)  # noqa: S311
-        now = time.monotonic()
-        if now - self._said_at >= 1.0:
-            self._said_at = now
-            text = str(error).partition("\n")[0][:300]
-            self._log.warning(
-                "%s failed (%d in a row): %s: %s; tries again in %.2f s",
-                self._name,
-                self._failures,
-                type(error).__name__,
-                text,
-                pause,
-            )
+        text = str(error).partition("\n")[0][:300]
+        self._log.warning(
+            "%s failed (%d in a row): %s: %s; tries again in %.2f s",
+            self._name,
+            self._failures,
+            type(error).__name__,
+            text,
+            pause,
+        )
         return pause
 
     def worked(self) -> None:
@@ -59,12 +53,18 @@ class Loop:
 
     *step* returns how many seconds to wait before the next, less if `wake` is called. An exception of any kind is
     logged and the step tried again after a back-off, which `wake` does not shorten. *last* runs in the thread when the
-    loop ends.
+    loop ends. *runner* is the id that its log lines bear.
     """
 
     def __init__(
-        self, name: str, step: Callable[[], float], last: Callable[[], None] | None = None, longest: float = 5.0
+        self,
+        name: str,
+        step: Callable[[], float],
+        last: Callable[[], None] | None = None,
+        longest: float = 5.0,
+        runner: str = "",
     ) -> None:
+        self._runner = runner
         self._step = step
         self._last = last
         self._woken = threading.Event()
@@ -113,6 +113,7 @@ class Loop:
         self._woken.clear()
 
     def _run(self) -> None:
+        RUNNER.set(self._runner)
         while not self._stopping.is_set():
             try:
                 pause = self._step()
@@ -125,5 +126,5 @@ class Loop:
         if self._last is not None:
             try:
                 self._last()
-            except Exception:
-                log.warning("the end of %s failed", self._thread.name, exc_info=True)
+            except Exception as error:  # noqa: BLE001 - nor must its end
+                log.warning("the end of %s failed: %s: %s", self._thread.name, type(error).__name__, error)

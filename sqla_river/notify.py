@@ -6,7 +6,6 @@ commits that NOTIFY take turns server-wide (PreCommit_Notify in PostgreSQL's asy
 clients made 390 commits/s with NOTIFY inside and 4,550 with it outside. ``off``: runners poll.
 """
 
-import logging
 import os
 import threading
 import time
@@ -29,10 +28,11 @@ from sqlalchemy import (
 
 from sqla_river import store
 from sqla_river.config import NotifyMode
+from sqla_river.logs import Log
 from sqla_river.rows import ANNOUNCED_AHEAD, Heard
 from sqla_river.statements import NOTIFY_QUEUES
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 COALESCE: Final = 0.010
 """Seconds between two announcements; what came in between goes with the next: the last job of a burst is announced."""
@@ -204,9 +204,12 @@ def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -
     for schema, queues in by_schema.items():
         try:
             connection.execute(NOTIFY_QUEUES, {"p_schema": schema, "p_queues": sorted(queues)})
-        except Exception:
+        except Exception as error:  # noqa: BLE001 - the poll finds them
             log.warning(
-                "could not announce queues %s; runners find the jobs at their next poll", sorted(queues), exc_info=True
+                "could not announce queues %s; runners find the jobs at their next poll: %s: %s",
+                sorted(queues),
+                type(error).__name__,
+                str(error).partition("\n")[0],
             )
 
 

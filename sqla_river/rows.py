@@ -92,6 +92,9 @@ class InsertRow(NamedTuple):
     """For a unique job, its key when it is due at that time."""
     unique_states: frozenset[JobState] | None = None
 
+    def __repr__(self) -> str:  # args may hold secrets, and a repr gets everywhere
+        return f"<new {self.kind!r} for queue {self.queue!r}>"
+
 
 class JobRow(NamedTuple):
     """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row
@@ -110,6 +113,9 @@ class JobRow(NamedTuple):
     metadata: str
     expired: bool | None
     token: str
+
+    def __repr__(self) -> str:  # as above
+        return f"<row of job {self.id} {self.kind!r} attempt {self.attempt}>"
 
 
 class Result(NamedTuple):

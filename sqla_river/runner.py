@@ -1,7 +1,6 @@
 """`Runner`: the face of a worker process."""
 
 import inspect
-import logging
 import os
 import queue
 import signal
@@ -31,6 +30,7 @@ from sqla_river.hooks import (
 )
 from sqla_river.incarnation import Incarnation, Orders
 from sqla_river.live import Queues
+from sqla_river.logs import Log
 from sqla_river.models import Job
 from sqla_river.options import Retention
 from sqla_river.river import River
@@ -40,7 +40,7 @@ from sqla_river.workers import Retry, Workers
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 
 class RunnerWords(TypedDict, total=False):
@@ -89,6 +89,9 @@ class Runner:
         stop_timeout: how long running jobs may go on after `stop`, before they are interrupted.
         retention: how long finished jobs stay.
         reindex: rebuild our indexes of ``river_job`` once a day, concurrently; autovacuum alone does in most cases.
+        keep_logs: store what ``job.log`` says in each attempt with the job, under River's metadata key ``river:log``,
+            at most 64 kB; a worker's own setting comes first.
+        log_args: let the log record of a failure carry the args, as ``job_args``, with ``***`` for redacted fields.
         listen: whether to LISTEN; or the engine to do it on, where *engine* goes through a transaction pooler.
         middleware: around every handler, the first outermost; see `WorkMiddleware`.
         around: makes the context manager that each attempt runs inside of, its Session included, such as Flask's
@@ -118,6 +121,8 @@ class Runner:
         stop_timeout: timedelta = timedelta(seconds=20),
         retention: Retention = Retention(),
         reindex: bool = False,
+        keep_logs: bool = False,
+        log_args: bool = False,
         listen: bool | Engine = True,
         middleware: Sequence[WorkMiddleware] = (),
         around: Around | None = None,
@@ -150,6 +155,8 @@ class Runner:
             lease.total_seconds(),
             retention,
             reindex,
+            keep_logs,
+            log_args,
             (engine if listen else None) if isinstance(listen, bool) else listen,
             tuple(middleware),
             around,
@@ -285,17 +292,10 @@ class Runner:
             Scope(
                 self.engine, self.river.job_class, self._orders.sessions, self._orders.async_engine, lambda: True
             ).check()
-        pool, slots = self.engine.pool, sum(self.queues.values())
-        if transactional and isinstance(pool, QueuePool) and pool._max_overflow >= 0:
-            connections = pool.size() + pool._max_overflow
-            if connections < slots:
-                log.warning(
-                    "%d slots share a pool of %d connections: transactional jobs will wait for one; "
-                    "create_engine(pool_size=%d) gives each slot its own",
-                    slots,
-                    connections,
-                    slots,
-                )
+        if any(not worker.is_async for worker in transactional):
+            _check_pool(self.engine, sum(self.queues.values()))
+        if any(worker.is_async for worker in transactional) and self._orders.async_engine is not None:
+            _check_pool(self._orders.async_engine.sync_engine, sum(self.queues.values()))
 
     def stop(self, timeout: timedelta | None = None) -> None:
         """Stop: fetch no more, give back what has not begun, let running jobs finish, and write every result.
@@ -378,6 +378,21 @@ class Runner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _check_pool(engine: Engine, slots: int) -> None:
+    """Warn where jobs will wait for a connection of *engine*."""
+    pool = engine.pool
+    if isinstance(pool, QueuePool) and pool._max_overflow >= 0:
+        connections = pool.size() + pool._max_overflow
+        if connections < slots:
+            log.warning(
+                "%d slots share a pool of %d connections: transactional jobs will wait for one; "
+                "create_engine(pool_size=%d) gives each slot its own",
+                slots,
+                connections,
+                slots,
+            )
 
 
 def _check_times(

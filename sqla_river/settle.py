@@ -6,7 +6,6 @@ statement before COMMIT. Ending the transaction through the driver itself (a raw
 supported.
 """
 
-import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_river import store
 from sqla_river.errors import ConfigError, ForeignBindError, TransactionOver
+from sqla_river.logs import Log, of_job
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.rows import JobRow
 from sqla_river.statements import SELECT_OUTCOME, SETTLE_JOB
@@ -29,7 +29,7 @@ from sqla_river.states import JobState, Transition
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 RESOLVE_FOR: Final = 10.0
 """Seconds to ask what became of a COMMIT whose reply was lost; after that the fence sorts it out when a failure is
@@ -232,7 +232,7 @@ class Scope:
             except Exception as error:  # noqa: BLE001 - the database may be on its way back
                 if time.monotonic() > until or self._stopped():
                     return None
-                log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0])
+                log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0], **of_job(row))
                 time.sleep(0.2)
 
     def _wait_for_connection(self) -> Connection:

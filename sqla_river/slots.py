@@ -1,8 +1,8 @@
 """Where handlers run: threads for plain ones, one event loop for async ones; and the watch over their timeouts."""
 
 import asyncio
-import logging
 import math
+import re
 import sys
 import threading
 import time
@@ -15,9 +15,10 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 from sqla_river.context import JobContext, cancel_context
+from sqla_river.logs import RUNNER, Log, of_job, one_line
 from sqla_river.rows import JobRow, Result
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 STUCK_AFTER: Final = 10.0
 """Seconds that a handler may ignore its timeout, before it is given up; River's number."""
@@ -27,7 +28,13 @@ LEFT_TIMEOUT: Final = 0.2
 
 
 def _name(row: JobRow) -> str:
-    return f"job {row.id} ({row.kind})"
+    return f"job {row.id} ({one_line(row.kind)})"
+
+
+def at(stack: str) -> str:
+    """The places of a formatted *stack* in one line, the innermost first."""
+    places = re.findall(r'^ *File "(.*)", line ([0-9]+), in (.*)$', stack, re.MULTILINE)
+    return ", from ".join(f"{path}:{line} {name}" for path, line, name in reversed(places[-6:]))
 
 
 class Threads:
@@ -40,8 +47,9 @@ class Threads:
     """
 
     def __init__(
-        self, size: int, execute: Callable[[JobRow], Result], finished: Callable[[Result], None], name: str
+        self, size: int, execute: Callable[[JobRow], Result], finished: Callable[[Result], None], name: str, runner: str
     ) -> None:
+        self._runner = runner
         self._size = size
         self._execute = execute
         self._finished = finished
@@ -128,6 +136,7 @@ class Threads:
             self._calls.put(False)
 
     def _run(self) -> None:
+        RUNNER.set(self._runner)
         ident = threading.get_ident()
         waiting, working = self._waiting, self._working
         while True:
@@ -159,11 +168,13 @@ class EventLoop:
         execute: Callable[[JobRow], Coroutine[Any, Any, Result]],
         finished: Callable[[Result], None],
         name: str,
+        runner: str,
         last: Callable[[], Coroutine[Any, Any, object]] | None = None,
     ) -> None:
         self._execute = execute
         self._finished = finished
         self._name = name
+        self._runner = runner
         self._last = last
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -215,9 +226,15 @@ class EventLoop:
             frame = sys._current_frames().get(self._thread.ident or 0)
             stack = "".join(traceback.format_stack(frame)[-6:]) if frame is not None else ""
             name = task.get_name() if task is not None else "something"
-            log.warning("%s blocks the event loop for %.1f s; await, or work it in a thread:\n%s", name, blocked, stack)
+            log.warning(
+                "%s blocks the event loop for %.1f s; await, or work it in a thread; it is at %s",
+                name,
+                blocked,
+                at(stack),
+            )
 
     def _run(self) -> None:
+        RUNNER.set(self._runner)
         loop = self._loop
         assert loop is not None
         asyncio.set_event_loop(loop)
@@ -225,8 +242,8 @@ class EventLoop:
         while not self._ended:
             try:
                 loop.run_forever()
-            except (SystemExit, KeyboardInterrupt):  # of a task that a handler made
-                log.warning("a task on the event loop tried to end the process", exc_info=True)
+            except (SystemExit, KeyboardInterrupt) as error:  # of a task that a handler made
+                log.warning("a task on the event loop tried to end the process: %s", type(error).__name__)
         left = asyncio.all_tasks(loop)
         for task in left:
             task.cancel()
@@ -295,7 +312,7 @@ class Watch:
         if not job.timed_out:
             job.timed_out = True
             job.deadline = now + STUCK_AFTER
-            log.warning("job %d (%s) is over its timeout", job.id, job.kind)
+            log.warning("job %d (%s) is over its timeout", job.id, job.kind, **of_job(job.row))
             cancel_context(job, "timeout")
         else:
             job.deadline = math.inf

@@ -120,7 +120,8 @@ def twin(engine: Engine) -> Engine:
 
     A runner that had to wait for a connection until its handlers give one back would lose its lease.
     """
-    like = Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    # What goes wrong on it is logged, and must show no parameters.
+    like = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
     options = dict(engine.get_execution_options())
     return like.execution_options(**options) if options else like
 

@@ -47,7 +47,7 @@ class RegistersTransactional(Protocol[A]):
 
 @attrs.frozen
 class Worker:
-    """One handler, and how it is run. *timeout* and *retry* of None mean the runner's."""
+    """One handler, and how it is run. *timeout*, *retry* and *keep_logs* of None mean the runner's."""
 
     kind: str
     args_type: type[Any]
@@ -56,6 +56,7 @@ class Worker:
     retry: Retry | None = None
     transactional: bool = False
     is_async: bool = False
+    keep_logs: bool | None = None
 
 
 class Workers:
@@ -86,6 +87,7 @@ class Workers:
         timeout: timedelta | None = None,
         retry: Retry | None = None,
         kind_aliases: tuple[str, ...] = (),
+        keep_logs: bool | None = None,
     ) -> Registers[A]: ...
     @overload
     def register(
@@ -96,6 +98,7 @@ class Workers:
         timeout: timedelta | None = None,
         retry: Retry | None = None,
         kind_aliases: tuple[str, ...] = (),
+        keep_logs: bool | None = None,
     ) -> RegistersTransactional[A]: ...
     def register(
         self,
@@ -105,6 +108,7 @@ class Workers:
         timeout: timedelta | None = None,
         retry: Retry | None = None,
         kind_aliases: tuple[str, ...] = (),
+        keep_logs: bool | None = None,
     ) -> Any:
         """Work jobs of *args*'s kind with the decorated function, plain (in a thread) or ``async`` (on the runner's
         event loop).
@@ -120,6 +124,7 @@ class Workers:
                 None is the runner's.
             retry: when a failed attempt is tried again; None is the runner's policy.
             kind_aliases: other kinds that mean the same: a rename in the course of a rolling deploy.
+            keep_logs: whether what ``job.log`` says is kept with the job, under ``river:log``; None is the runner's.
 
         Raises:
             RegistrationError: a kind that has a worker already, a function that cannot be called so, a timeout of zero
@@ -135,7 +140,9 @@ class Workers:
             _check_call(kind, handler, 2 if transactional else 1)
             is_async = any(map(inspect.iscoroutinefunction, (handler, getattr(handler, "__call__", None))))  # noqa: B004
             kinds = (kind, *map(check_kind, kind_aliases))
-            self._add([Worker(each, args, handler, timeout, retry, transactional, is_async) for each in kinds])
+            self._add(
+                [Worker(each, args, handler, timeout, retry, transactional, is_async, keep_logs) for each in kinds]
+            )
             return handler
 
         return register

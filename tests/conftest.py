@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
+from sqla_river import logs
 from sqla_river.embedded import EmbeddedPostgres
 from sqla_river.schema import create_all
 from tests.database import catalog, emptied_tables, end_others, name_exists
@@ -23,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def rounds(request: pytest.FixtureRequest) -> int:
     rounds: Any = request.config.getoption("--rounds")
     return int(rounds)
+
+
+@pytest.fixture(autouse=True)
+def talkative() -> None:
+    """What an earlier test logged is no repeat in this one."""
+    logs._said.clear()
 
 
 @pytest.fixture(scope="session")

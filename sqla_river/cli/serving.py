@@ -2,7 +2,6 @@
 
 import atexit
 import importlib
-import logging
 import os
 import tempfile
 import threading
@@ -15,9 +14,10 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import click
 
 from sqla_river.health import LIMIT, Health
+from sqla_river.logs import Log
 from sqla_river.runner import Runner
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"
 """Where prometheus_client keeps what processes share."""

@@ -1,15 +1,15 @@
 """Rescue: free the jobs of runners whose lease has run out; and give suspects a runner of their own."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
+from sqla_river.logs import Log
 from sqla_river.statements import DELETE_CLEARED, INSERT_LOST_RUNNERS, POSTPONE_DUTY, RESCUE_STUCK, RESET_AHEAD
 from sqla_river.store import OwnConnection
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 BATCH: Final = 1_000
 ISOLATION: Final = "isolate"

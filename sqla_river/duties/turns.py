@@ -1,16 +1,16 @@
 """Whose turn it is: the loop that claims duties and does them, on a connection of its own."""
 
-import logging
 import random
 import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final, Protocol
 
+from sqla_river.logs import Log
 from sqla_river.statements import CLAIM_DUTY, FINISH_DUTY, INSERT_DUTIES, POSTPONE_DUTY, SELECT_DUTIES
 from sqla_river.store import OwnConnection
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 STATEMENT_TIMEOUT: Final = "10s"
 _LONGEST_LOOK: Final = 5.0

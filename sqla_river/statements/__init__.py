@@ -98,6 +98,7 @@ from sqla_river.statements.runner import (
     UPSERT_RUNNER,
 )
 from sqla_river.statements.schema import LOCK_SCHEMA, SELECT_CURRENT_SCHEMA, SELECT_IS_TABLE, SELECT_VERSIONS
+from sqla_river.statements.trouble import COUNT_BACKLOGS, SELECT_OLD_TRANSACTIONS, SELECT_STRANGERS
 
 __all__ = [
     "ADD_COUNTS",
@@ -109,6 +110,7 @@ __all__ = [
     "CLEAR_ALONE",
     "COMPLETE_JOBS",
     "COPY_COLUMNS",
+    "COUNT_BACKLOGS",
     "COUNT_LIVE",
     "COUNT_OTHERS",
     "COUNT_SUSPECTS",
@@ -169,6 +171,7 @@ __all__ = [
     "SELECT_NEXT_DUE",
     "SELECT_NEXT_JOB",
     "SELECT_NOW",
+    "SELECT_OLD_TRANSACTIONS",
     "SELECT_OUTCOME",
     "SELECT_OWN",
     "SELECT_PEERS",
@@ -176,6 +179,7 @@ __all__ = [
     "SELECT_QUEUE_NAMES",
     "SELECT_RUNNERS",
     "SELECT_STATES",
+    "SELECT_STRANGERS",
     "SELECT_VERSIONS",
     "SETTLE_JOB",
     "SETTLE_JOBS",

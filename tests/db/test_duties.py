@@ -163,8 +163,9 @@ def test_the_most_urgent_duty_comes_first(engine: Engine) -> None:
 
 
 def test_a_failing_duty_is_tried_again_after_one_second_doubling_to_sixty_and_the_others_go_on(
-    engine: Engine, caplog: pytest.LogCaptureFixture
+    engine: Engine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sqla_river.logs.REPEAT_EVERY", 0.0)
     broken, healthy = Chore("chore", do=_fails), Chore("healthy")
     due: list[int] = []
     with opened(engine) as own:

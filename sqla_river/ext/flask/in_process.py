@@ -1,6 +1,5 @@
 """A runner inside the development server, and only there where requests are served."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -12,9 +11,10 @@ from flask.cli import ScriptInfo
 from flask.helpers import get_debug_flag
 from werkzeug.serving import is_running_from_reloader
 
+from sqla_river.logs import Log
 from sqla_river.runner import Runner
 
-log: Final = logging.getLogger(__name__)
+log: Final = Log(__name__)
 
 LOOK_EVERY: Final = 0.02
 """Seconds between two looks whether the app is loaded."""
