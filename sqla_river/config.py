@@ -11,7 +11,7 @@ import attrs
 
 from sqla_river.args import DEFAULT_CODEC, Codec, JobArgs, json_keys, kind_of, unique_fields
 from sqla_river.errors import ConfigError, EncodeError, InvalidOptionError
-from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind
+from sqla_river.options import NOTHING_SAID, RIVER_DEFAULTS, InsertOptions, check_kind, shown
 from sqla_river.rows import InsertRow
 from sqla_river.unique import Unique
 

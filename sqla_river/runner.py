@@ -58,6 +58,8 @@ class RunnerWords(TypedDict, total=False):
     stop_timeout: timedelta
     retention: Retention
     reindex: bool
+    keep_logs: bool
+    log_args: bool
     listen: bool | Engine
     middleware: Sequence[WorkMiddleware]
     around: Around | None

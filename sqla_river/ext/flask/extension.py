@@ -64,6 +64,8 @@ class FlaskRiver(Generic[J]):
     ``SQLA_RIVER_STOP_TIMEOUT`` how long running jobs may go on at a stop; 20 s
     ``SQLA_RIVER_RETENTION``    how long finished jobs stay: `Retention`
     ``SQLA_RIVER_REINDEX``      rebuild the indexes once a day; False
+    ``SQLA_RIVER_KEEP_LOGS``    keep what ``job.log`` says with the job; False
+    ``SQLA_RIVER_LOG_ARGS``     let the record of a failure carry the args, redacted fields masked; False
     ``SQLA_RIVER_LISTEN``       whether to LISTEN, or the engine to do it on; True
     ``SQLA_RIVER_MIDDLEWARE``   around every handler: a sequence of `WorkMiddleware`
     ``SQLA_RIVER_ON_ERROR``     called with the job and the exception after each failed attempt, in an app context
