@@ -8,16 +8,16 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
-from sqla_river import failure, redact, states
+from sqla_river import failure, states
 from sqla_river.args import Codec
-from sqla_river.context import JobContext, cancel_context, cancel_reason, staged_metadata
-from sqla_river.hooks import WORK_EVERYWHERE, Around, ErrorHandler, WorkMiddleware
+from sqla_river.context import JobContext, cancel_context, staged_metadata
+from sqla_river.hooks import WORK_EVERYWHERE, Around, WorkMiddleware
+from sqla_river.judge import Judge, hides, wish
 from sqla_river.logs import Log, of_job, one_line
-from sqla_river.outcomes import LONGEST_DELAY, Cancel, Snooze
-from sqla_river.policy import RIVER_POLICY, Exponential, RiverPolicy
+from sqla_river.policy import Exponential, RiverPolicy
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import AttemptError, JobState, Transition
-from sqla_river.workers import Retry, Worker, Workers
+from sqla_river.workers import Worker, Workers
 
 log: Final = Log(__name__)
 
@@ -49,46 +49,40 @@ class Executor:
     Args:
         workers: the handlers.
         codec: decodes the args of a job for its class.
-        retry: for workers that have no policy of their own.
-        timeout: likewise; None is no timeout.
+        judge: of what failed.
+        timeout: for workers that have none of their own; None is no timeout.
         watch: told of each job that has a timeout when its handler starts (seconds).
         scope: for transactional workers.
         progressed: told of each progress.
         middleware: around every call, the first outermost.
         around: entered before all else of an attempt, its session too, and left when it is settled.
-        on_error: asked after each failure; it may answer Cancel.
         keep_logs: for workers that do not say whether what ``job.log`` says is kept with the job.
-        log_args: whether the record of a failure carries the args, with ``***`` for redacted fields, as ``job_args``.
     """
 
     def __init__(
         self,
         workers: Workers,
         codec: Codec,
+        judge: Judge,
         *,
-        retry: Retry | None,
         timeout: timedelta | None,
         watch: Callable[[JobContext[Any], float], None],
         scope: Scope,
         progressed: Callable[[JobContext[Any]], object] | None = None,
         middleware: Sequence[WorkMiddleware] = (),
         around: Around | None = None,
-        on_error: ErrorHandler | None = None,
         keep_logs: bool = False,
-        log_args: bool = False,
     ) -> None:
         self._workers = workers
         self._codec = codec
-        self._retry = retry if retry is not None else RIVER_POLICY
+        self.judge: Final = judge
         self._timeout = timeout
         self._watch = watch
         self._scope = scope
         self._progressed = progressed
         self._middleware = tuple(middleware)
         self._around: Around = nullcontext if around is None else lambda: _Surroundings(around())
-        self._on_error = on_error
         self._keep_logs = keep_logs
-        self._log_args = log_args
         self._interrupted = False
         self._cancelled: set[int] = set()
         self.running: dict[int, JobContext[Any]] = {}
@@ -151,7 +145,7 @@ class Executor:
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
                 attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
-            if self._asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
+            if self.judge.asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
                 await asyncio.to_thread(self._failed, attempt, error)
             else:
                 self._failed(attempt, error)
@@ -227,19 +221,19 @@ class Executor:
         metadata = staged_metadata(attempt.job)
         if outcome is None:
             return states.completed(metadata)
-        return _wish(attempt.row.attempt, outcome, metadata, attempt.job.redact)
+        return wish(attempt.row.attempt, outcome, metadata, attempt.job.redact)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
         row = attempt.row
         if attempt.settled is not None:  # it is committed: what came after that is no matter of the job's
-            said = failure.message_of(error, _hides(attempt.worker, row, attempt.job_or_none))
+            said = failure.message_of(error, hides(attempt.worker, row, attempt.job_or_none))
             log.warning("job %d (%s) is settled, in spite of %s", row.id, row.kind, said, **of_job(row))
         elif isinstance(error, self._scope.no_failure):
             attempt.error = error
             attempt.transition = states.interrupted()
         else:
             attempt.error = error
-            attempt.transition = self._judge(attempt.worker, row, attempt.job_or_none, error)
+            attempt.transition = self.judge.judge(attempt.worker, row, attempt.job_or_none, error)
 
     def _end(self, attempt: "_Attempt") -> Result:
         job = attempt.job_or_none
@@ -249,105 +243,6 @@ class Executor:
         assert attempt.transition is not None
         seconds = time.monotonic() - attempt.began
         return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
-
-    def give_up(self, job: JobContext[Any], stack: str) -> Transition:
-        """The row change for a job whose handler ignores its timeout; *stack* says where it hangs. Asks no code of the
-        user's.
-        """
-        row = job.row
-        error = AttemptError(
-            row.attempt,
-            "TimeoutError: the handler ignored its timeout and was given up",
-            failure.storable(stack, 8_000),
-        )
-        if row.attempt >= row.max_attempts:
-            return states.discarded(error, staged_metadata(job))
-        worker = self._workers.get(row.kind)
-        retry = (worker.retry if worker is not None else None) or self._retry
-        policy = retry if isinstance(retry, _OURS) else RIVER_POLICY
-        return states.errored(error, policy.delay(row.attempt), staged_metadata(job))
-
-    # ---- judging a failure ------------------------------------------------------------
-
-    def _judge(
-        self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
-    ) -> Transition:
-        """The row change that *error* asks for, whatever else goes wrong on the way."""
-        hide = _hides(worker, row, job)
-        try:
-            metadata = staged_metadata(job) if job is not None else None
-            if isinstance(error, Snooze | Cancel):
-                return _wish(row.attempt, error, metadata, hide)
-            reason = cancel_reason(job) if job is not None else None
-            if reason == "stop":
-                return states.interrupted(metadata)
-            said = failure.attempt_error(row.attempt, error, hide)
-            if reason == "timeout" and isinstance(error, asyncio.CancelledError):
-                said = AttemptError(
-                    row.attempt, "TimeoutError: the handler was cancelled, it was over its timeout", said.trace
-                )
-            if reason == "cancel":
-                return states.cancelled(said, metadata)
-            log.warning(
-                "job %d (%s) failed in attempt %d of %d: %s",
-                row.id,
-                row.kind,
-                row.attempt,
-                row.max_attempts,
-                said.error,
-                **of_job(row),
-                **self._args_of(worker, row),
-            )
-            wish = self._ask(worker, row, job, error)
-            if isinstance(wish, Cancel):
-                return states.cancelled(_cancel_error(row.attempt, wish, hide, said.trace), metadata)
-            if row.attempt >= row.max_attempts:
-                return states.discarded(said, metadata)
-            return states.errored(said, wish, metadata)
-        except BaseException as second:  # noqa: BLE001 - judging must not fail either
-            return states.errored(failure.attempt_error(row.attempt, second, hide), RIVER_POLICY.delay(row.attempt))
-
-    def _args_of(self, worker: Worker | None, row: JobRow) -> dict[str, object]:
-        if not self._log_args or worker is None:
-            return {}
-        return {"job_args": one_line(redact.shown_args(worker.args_type, row.args))}
-
-    def _asks(self, worker: Worker | None) -> bool:
-        """Whether a failure is put before code of the user's."""
-        retry = (worker.retry if worker is not None else None) or self._retry
-        return self._on_error is not None or not isinstance(retry, _OURS)
-
-    def _ask(
-        self, worker: Worker | None, row: JobRow, job: JobContext[Any] | None, error: BaseException
-    ) -> timedelta | Cancel:
-        """What the error handler and the retry policy make of *error*."""
-        retry = (worker.retry if worker is not None else None) or self._retry
-        if job is not None:
-            job.error = error
-            answer = self._answer(job, error)
-            if isinstance(answer, Cancel):
-                return answer
-        try:
-            policy: Any = getattr(retry, "delay", None)
-            if policy is None and job is None:
-                return RIVER_POLICY.delay(
-                    row.attempt
-                )  # args that do not decode: there is nothing to ask a callable about
-            asked: Any = retry
-            delay: Any = policy(row.attempt) if policy is not None else asked(job)
-            return delay if isinstance(delay, Cancel) else min(max(delay, timedelta(0)), LONGEST_DELAY)
-        except BaseException as second:  # noqa: BLE001 - the policy must not hide what ended the attempt
-            said = failure.message_of(second, _hides(worker, row, job))
-            log.warning("the retry policy of kind %r failed, River's is used: %s", row.kind, said, **of_job(row))
-            return RIVER_POLICY.delay(row.attempt)
-
-    def _answer(self, job: JobContext[Any], error: BaseException) -> object:
-        try:
-            return self._on_error(job, error) if self._on_error is not None else None
-        except BaseException as second:  # noqa: BLE001 - nor must the error handler
-            said = failure.message_of(second, job.redact)
-            log.warning("the error handler failed for job %d: %s", job.id, said, **of_job(job.row))
-            return None
 
 
 class _Attempt:
@@ -407,23 +302,3 @@ async def _awaited(call: Callable[..., Any], job: JobContext[Any], *session: Any
 
 def _around(middleware: WorkMiddleware, next_: Callable[[JobContext[Any]], Any]) -> Callable[[JobContext[Any]], Any]:
     return lambda job: middleware.work(job, next_)
-
-
-def _hides(worker: Worker | None, row: JobRow, job: JobContext[Any] | None) -> Callable[[str], str]:
-    """What takes the secrets of a job out of a text."""
-    if job is not None:
-        return job.redact
-    return (redact.hider(worker.args_type, row.args) if worker is not None else None) or str
-
-
-def _wish(attempt: int, outcome: object, metadata: str | None, hide: Callable[[str], str]) -> Transition:
-    """The row change for what a handler returned or raised as its wish."""
-    if isinstance(outcome, Snooze):
-        return states.snoozed(outcome.delay, metadata)
-    if isinstance(outcome, Cancel):
-        return states.cancelled(_cancel_error(attempt, outcome, hide), metadata)
-    raise TypeError(f"a handler returns None, Snooze(...) or Cancel(...), this one returned {type(outcome).__name__}")
-
-
-def _cancel_error(attempt: int, cancel: Cancel, hide: Callable[[str], str], trace: str = "") -> AttemptError:
-    return AttemptError(attempt, failure.storable(f"JobCancelError: {hide(str(cancel.reason))}", 2_000), trace)

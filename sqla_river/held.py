@@ -172,7 +172,7 @@ class Held:
         row = job.row
         stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
         self._given_up.add(row)
-        if not self._hand_on(Result(row, self._executor.give_up(job, stack))):
+        if not self._hand_on(Result(row, self._executor.judge.give_up(job, stack))):
             self._given_up.discard(row)
             return
         log.error(

@@ -12,10 +12,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, cast
-
-import attrs
-from sqlalchemy import Engine
+from typing import Any, Final, cast
 
 from sqla_river import store
 from sqla_river.check import require_schema
@@ -34,24 +31,19 @@ from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.held import Held
-from sqla_river.hooks import Around, ErrorHandler, Event, Events, Meters, WorkMiddleware
+from sqla_river.hooks import Event
+from sqla_river.judge import Judge
 from sqla_river.listen import Listener
-from sqla_river.live import Queues
 from sqla_river.logs import Log
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
-from sqla_river.options import Retention
-from sqla_river.river import River
+from sqla_river.orders import Orders
 from sqla_river.rows import JobRow, Result
 from sqla_river.settle import Scope
 from sqla_river.slots import Watch
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.store import OwnConnection
 from sqla_river.wait import finished_here
-from sqla_river.workers import Retry, Workers
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
 log: Final = Log(__name__)
 
@@ -71,33 +63,6 @@ def new_runner_id() -> str:
     """host, pid and a nonce: ``<host>:<pid>:<16 hex>``. New for each incarnation: no token is ever used twice."""
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:60] or "host"
     return f"{host}:{os.getpid()}:{secrets.token_hex(8)}"
-
-
-@attrs.frozen
-class Orders:
-    """What a Runner was told; durations in seconds."""
-
-    engine: Engine
-    workers: Workers
-    queues: Queues
-    river: River[Any]
-    sessions: Any
-    async_engine: "AsyncEngine | None"
-    timeout: timedelta | None
-    retry: Retry | None
-    poll: float
-    heartbeat: float
-    lease: float
-    retention: Retention
-    reindex: bool
-    keep_logs: bool
-    log_args: bool
-    listen_engine: Engine | None
-    middleware: Sequence[WorkMiddleware]
-    around: Around | None
-    on_error: ErrorHandler | None
-    events: Events
-    meters: Meters
 
 
 class Incarnation:
@@ -131,7 +96,7 @@ class Incarnation:
         self.executor = Executor(
             orders.workers,
             orders.river.settings.codec,
-            retry=orders.retry,
+            Judge(orders.workers, retry=orders.retry, on_error=orders.on_error, log_args=orders.log_args),
             timeout=orders.timeout,
             watch=self._watch.add,
             scope=Scope(
@@ -140,9 +105,7 @@ class Incarnation:
             progressed=lambda job: self.completer.progressed(job),
             middleware=orders.middleware,
             around=orders.around,
-            on_error=orders.on_error,
             keep_logs=orders.keep_logs,
-            log_args=orders.log_args,
         )
         self.completer: Completer = Completer(
             complete,

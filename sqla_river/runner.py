@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sqlalchemy import Engine, QueuePool
 
@@ -28,11 +28,12 @@ from sqla_river.hooks import (
     Subscription,
     WorkMiddleware,
 )
-from sqla_river.incarnation import Incarnation, Orders
+from sqla_river.incarnation import Incarnation
 from sqla_river.live import Queues
 from sqla_river.logs import Log
 from sqla_river.models import Job
 from sqla_river.options import Retention
+from sqla_river.orders import Orders
 from sqla_river.river import River
 from sqla_river.settle import Scope
 from sqla_river.workers import Retry, Workers
@@ -41,29 +42,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 log: Final = Log(__name__)
-
-
-class RunnerWords(TypedDict, total=False):
-    """The keywords of `Runner`, for what makes one."""
-
-    queues: Mapping[str, int]
-    river: River[Any] | None
-    sessions: Any
-    async_engine: "AsyncEngine | None"
-    timeout: timedelta | None
-    retry: Retry | None
-    poll: timedelta
-    heartbeat: timedelta
-    lease: timedelta
-    stop_timeout: timedelta
-    retention: Retention
-    reindex: bool
-    keep_logs: bool
-    log_args: bool
-    listen: bool | Engine
-    middleware: Sequence[WorkMiddleware]
-    around: Around | None
-    on_error: ErrorHandler | None
 
 
 class Runner:

@@ -17,15 +17,16 @@ FLOORS: list[set[str]] = [
     {"options", "tables", "joblog", "redact"},  # 2 what is allowed; Table objects; secrets, and the log of a job
     {"args", "context", "statements"},  # 3 encode and decode; what a handler sees; every statement
     {"config", "workers", "hooks", "store", "embedded"},  # 4 settings; registry; the door for statements
-    {"notify", "bulk", "schema", "listen"},  # 5 the other doors: only doors execute SQL
+    {"notify", "bulk", "schema", "listen", "judge"},  # 5 the other doors: only doors execute SQL; what failures ask for
     {"models"},  # 6 the mapping, and its listeners
     {"session", "choice"},  # 7 the caller's session; which jobs are meant
     {"insert", "admin", "listing", "queues", "wait", "stats", "check", "health"},  # 8 the stations of a client
     {"fetch", "execute", "slots", "settle", "complete", "counters", "heartbeat", "duties", "live"},  # 9 a worker's
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
-    {"asyncio", "incarnation"},  # 11 its awaited twin; assembly of the worker, which alone knows everybody
-    {"runner"},  # 12 the face of the worker
-    {"cli", "ext", "testing"},  # 13 skins
+    {"asyncio", "orders"},  # 11 its awaited twin; what a worker is told
+    {"incarnation"},  # 12 assembly of the worker, which alone knows everybody
+    {"runner"},  # 13 the face of the worker
+    {"cli", "ext", "testing"},  # 14 skins
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -14,7 +14,7 @@ from sqla_river import JobContext
 def set_up(dsn: str, **options: Any) -> None:
     # Local variables hold the args, secrets among them.
     sentry_sdk.init(dsn, include_local_variables=False, **options)
-    ignore_logger("sqla_river.execute")  # it says of each failure what `report` sends
+    ignore_logger("sqla_river.judge")  # it says of each failure what `report` sends
 
 
 def report(job: JobContext[Any], error: BaseException) -> None:

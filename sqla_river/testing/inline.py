@@ -20,6 +20,7 @@ from sqla_river.complete import settle_parameters
 from sqla_river.context import JobContext
 from sqla_river.errors import ConfigError, RunnerError
 from sqla_river.execute import Executor
+from sqla_river.judge import Judge
 from sqla_river.models import Job, declared_schema
 from sqla_river.options import OptionWords, check_when, json_text, said_in
 from sqla_river.outcomes import Cancel, Snooze
@@ -124,12 +125,13 @@ class Inline:
         self.executor = Executor(
             self.workers,
             self.river.settings.codec,
-            retry=orders.retry if orders is not None else None,
+            Judge(self.workers, retry=orders.retry, on_error=orders.on_error)
+            if orders is not None
+            else Judge(self.workers),
             timeout=None,
             watch=lambda _job, _seconds: None,
             scope=self.scope,
             middleware=(self._witness, *(orders.middleware if orders is not None else ())),
-            on_error=orders.on_error if orders is not None else None,
         )
 
     # ---- in the caller's transaction --------------------------------------------------

@@ -61,7 +61,7 @@ def test_each_event_is_one_line_with_the_job_and_the_runner_in_extra(
     about = [record for record in ours if "job_id" in record.__dict__]
     assert [(record.name, record.levelname) for record in about] == [
         ("sqla_river.job", "WARNING"),
-        ("sqla_river.execute", "WARNING"),
+        ("sqla_river.judge", "WARNING"),
     ]
     for record in about:
         found = {key: record.__dict__[key] for key in ("job_id", "kind", "queue", "attempt")}
@@ -96,7 +96,7 @@ def test_args_are_logged_where_that_is_asked_for_and_their_secrets_never(
     with working(engine, workers, log_args=True):
         settled(engine, job_id)
 
-    (record,) = [record for record in caplog.records if record.name == "sqla_river.execute"]
+    (record,) = [record for record in caplog.records if record.name == "sqla_river.judge"]
     assert json.loads(record.__dict__["job_args"]) == {"order": 5, "card": "***"}
 
 

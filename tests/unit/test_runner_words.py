@@ -2,7 +2,8 @@
 
 import inspect
 
-from sqla_river.runner import Runner, RunnerWords
+from sqla_river.orders import RunnerWords
+from sqla_river.runner import Runner
 
 
 def test_runner_words_are_the_keywords_of_a_runner() -> None:

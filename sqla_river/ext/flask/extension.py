@@ -21,8 +21,9 @@ from sqla_river.hooks import ErrorHandler
 from sqla_river.insert import Inserted, Items
 from sqla_river.models import Job, JobMixin, RiverBase, declared_schema
 from sqla_river.options import OptionWords, check_schema
+from sqla_river.orders import RunnerWords
 from sqla_river.river import River
-from sqla_river.runner import Runner, RunnerWords
+from sqla_river.runner import Runner
 from sqla_river.workers import Workers
 
 J = TypeVar("J", bound=JobMixin)
