@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import ProgrammingError
 
 from sqla_river import ddl
 
@@ -46,6 +47,8 @@ _CATALOG = """
         UNION ALL SELECT format('%s %s', oid, typname) FROM pg_type WHERE oid >= 16384
         UNION ALL SELECT format('%s %s', oid, nspname) FROM pg_namespace WHERE oid >= 16384
         UNION ALL SELECT format('%s %s', oid, tgname) FROM pg_trigger
+        UNION ALL SELECT format('%s %s %s', indexrelid, indisvalid, indisready) FROM pg_index WHERE indexrelid >= 16384
+        UNION ALL SELECT format('%s %s', line, version) FROM river_migration
         UNION ALL SELECT format('%s %s %s', setdatabase, setrole, setconfig) FROM pg_db_role_setting
     ) lines (line)
 """
@@ -55,7 +58,10 @@ def catalog(url: URL) -> object:
     """What a database is made of, but for the rows in its tables."""
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as connection:
-        return connection.execute(text(_CATALOG)).scalar_one()
+        try:
+            return connection.execute(text(_CATALOG)).scalar_one()
+        except ProgrammingError:  # the test has dropped our tables
+            return None
 
 
 def name_exists(connection: Connection, name: str) -> bool:

@@ -363,14 +363,18 @@ def test_a_class_in_a_schema_of_its_own_has_queues_of_its_own(engine: Engine, ur
 def test_what_waited_long_is_found_at_once_though_the_fetch_went_by_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A scan that found little gives a bound, behind which the next ones begin until the next poll."""
+    """Scans that found little give a bound, behind which the next ones begin for a while."""
     monkeypatch.setattr(bounds, "WASTEFUL", 0.0)
+    monkeypatch.setattr(bounds, "LONGEST", 300.0)
+    monkeypatch.setattr(bounds.Bounds, "tried", lambda *_: None)  # whatever the clock says of this machine
     make_job(engine, due_in=timedelta(minutes=-1))
     delivered: list[JobRow] = []
     with opened(engine) as own, Session(engine) as session:
         fetcher = make_fetcher(own, delivered, poll=300.0)
         pause(session, "default")
         session.commit()
+        fetcher.step()
+        fetcher.heard("default", pid=1)
         fetcher.step()
         resume(session, "default")
         session.commit()

@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,13 @@ def on_a_terminal(engine: Engine, *words: str, answer: str | None = None) -> tup
     )
     os.close(theirs)
     said = b""
+    deadline = time.monotonic() + 60
     while True:
-        assert select.select([ours], [], [], 30)[0], said
+        if not select.select([ours], [], [], 0.5)[0]:
+            assert time.monotonic() < deadline, said
+            if answer is None and said:  # one that came just before it began to read woke nobody: press again
+                process.send_signal(signal.SIGINT)
+            continue
         try:
             piece = os.read(ours, 10_000)
         except OSError:  # the other end is closed

@@ -148,6 +148,7 @@ def test_a_run_that_has_nothing_to_do_with_it_pays_nothing(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It imports nothing but itself, breaks with no warning, and does not mind a server that is not there."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # of others, which import what they like
     monkeypatch.setenv("SQLA_RIVER_TEST_URL", "postgresql+psycopg://nowhere.invalid/x")
     pytester.makepyfile(
         """
@@ -162,7 +163,7 @@ def test_a_run_that_has_nothing_to_do_with_it_pays_nothing(
         """
     )
 
-    run(pytester, "-W", "error", "-p", "no:xdist", "--strict-config", "--strict-markers").assert_outcomes(passed=1)
+    run(pytester, "-W", "error", "-p", "sqla_river", "--strict-config", "--strict-markers").assert_outcomes(passed=1)
 
 
 def test_fixtures_and_options_are_documented_and_bear_our_name(pytester: pytest.Pytester) -> None:
