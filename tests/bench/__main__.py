@@ -17,6 +17,8 @@ from tests.bench.report import as_json, as_svg, show
 from tests.bench.rounds import ROOT, Amounts, Outcome, measure
 from tests.bench.servers import SETTINGS, Servers
 
+WIDE: Final = 200
+"""Columns of a table that no terminal shows: as many as it needs."""
 NAMES: Final = [each.name for each in CATALOG]
 
 
@@ -49,9 +51,9 @@ def main(
     cache: Path,
     database_url: str | None,
 ) -> None:
-    """Measure the PEERs, or all: how fast jobs go in and are worked, and how soon one starts when nothing else is there.
+    """Measure the PEERs, or all: how fast jobs go in and are worked, and how soon one starts when nothing else is.
 
-    The hand-written loop and sqla_river in threads are always measured too, for only ratios within one run say anything.
+    The hand-written loop and sqla_river in threads always take part, for only ratios within one run say anything.
     """
     chosen = [each for each in CATALOG if not peers or each.name in {*peers, LOOP, OURS}]
     amounts = Amounts(jobs, singles, pings, repetitions)
@@ -60,7 +62,9 @@ def main(
         outcomes = measure(chosen, amounts, servers, cache.resolve(), status.update)
         about = _about(outcomes, amounts, servers, cache.resolve(), own_server=database_url is None)
     caption = f"medians of {repetitions}, {about['machine']['cores']} cores, PostgreSQL {about['postgresql']}"
-    console = Console(highlight=False, width=None if not markdown else 200)
+    console = Console(highlight=False)
+    if markdown or not console.is_terminal:
+        console.width = WIDE
     show(outcomes, console, markdown=markdown)
     console.print(f"\n{caption}; {about['machine']['processor']}", markup=False, soft_wrap=True)
     if output is not None:

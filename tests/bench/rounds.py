@@ -1,9 +1,11 @@
 """Rounds of measurements: each peer once in each, so that a slow minute of the machine is everybody's."""
 
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Final
@@ -12,7 +14,7 @@ import attrs
 
 from tests.bench.catalog import LOOP, OURS, Entry
 from tests.bench.environments import python_of
-from tests.bench.peers.face import Asked
+from tests.bench.peers.face import FAREWELL, Asked
 from tests.bench.servers import Servers, Unavailable
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -85,21 +87,29 @@ def _round(outcome: Outcome, amounts: Amounts, servers: Servers, python: str) ->
 
 
 def _run(python: str, module: str, asked: Asked) -> dict[str, float]:
-    ended = subprocess.run(
+    process = subprocess.Popen(
         [python, "-m", "tests.bench.peers.measure", module],
         env={**asked.environment(), "PYTHONPATH": str(ROOT)},
         cwd=asked.folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=PATIENCE,
-        check=False,
+        start_new_session=True,  # Ctrl-C is for us; see below
     )
-    if ended.returncode:
-        said = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
+    try:
+        said, errors = process.communicate(timeout=PATIENCE)
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # it ends the workers that it has started, which takes some a while
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=2 * FAREWELL)
+        process.kill()
+        raise
+    if process.returncode:
+        last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
         log = Path(asked.folder) / "worker.log"
         worker = log.read_text(errors="replace").strip().splitlines()[-5:] if log.exists() else []
-        raise PeerError("\n".join([f"in phase {asked.phase}: {said[-1]}", *worker]))
-    figures: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+        raise PeerError("\n".join([f"in phase {asked.phase}: {last[0]}", *worker]))
+    figures: dict[str, float] = json.loads(said.splitlines()[-1])
     return figures
 
 

@@ -119,7 +119,7 @@ class Peer(ABC):
     def __init__(self, asked: Asked) -> None:
         self.asked = asked
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most brokers need nothing
         """Make what must be there before a job can be put in."""
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Peer(ABC):
         """Say whether the outcome of some job is not stored yet; where nobody can tell, the handlers alone count."""
         return False
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Close connections."""
 
 

@@ -91,8 +91,7 @@ class Loop(Peer):
                 thread.join()
 
     def unfinished(self) -> bool:
-        row = self._connection.execute(UNFINISHED).fetchone()
-        return row is not None and bool(row[0])
+        return self._connection.execute(UNFINISHED).fetchone() == (True,)
 
     def close(self) -> None:
         self._connection.close()

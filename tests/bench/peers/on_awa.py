@@ -19,10 +19,18 @@ class Measured:
 class OnAwa(AsyncPeer):
     def __init__(self, asked: Asked) -> None:
         super().__init__(asked)
-        self._client = awa.Client(asked.url)
+        # It insists on a host here, also where the query names the folder of the socket.
+        self._url = asked.url.replace("@/", "@localhost/", 1)
+        self._client = awa.Client(self._url)
 
     def prepare(self) -> None:
         self._client.migrate()
+        self.run(self._activate())
+
+    async def _activate(self) -> None:
+        """Start a worker once: the first one switches a new database to the storage that many jobs are put into."""
+        async with self.serving(Marks()):
+            pass
 
     def fill(self, numbers: Sequence[int]) -> None:
         self._client.enqueue_many_copy([Measured(number, 0) for number in numbers])
@@ -32,7 +40,7 @@ class OnAwa(AsyncPeer):
 
     @asynccontextmanager
     async def serving(self, marks: Marks) -> AsyncGenerator[None]:
-        async with awa.AsyncClient(self.asked.url) as client:
+        async with awa.AsyncClient(self._url) as client:
 
             @client.task(Measured)
             async def noop(_job: awa.Job) -> None:

@@ -1,5 +1,5 @@
 # pyright: basic, reportMissingImports=false
-"""Chancy with its executor for async jobs, and eager polling, as its documentation asks for queues that are kept full."""
+"""Chancy with its executor for async jobs, and eager polling, which is meant for queues that are kept full."""
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
@@ -56,7 +56,7 @@ class OnChancy(AsyncPeer):
             yield
 
     def unfinished(self) -> bool:
-        return bool(self._connection.execute(UNFINISHED).fetchone()[0])
+        return self._connection.execute(UNFINISHED).fetchone() == (True,)
 
     def close(self) -> None:
         self._connection.close()

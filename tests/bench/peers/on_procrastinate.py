@@ -50,7 +50,7 @@ class Procrastinate(AsyncPeer):
                 await worker
 
     def unfinished(self) -> bool:
-        return bool(self._connection.execute(UNFINISHED).fetchone()[0])
+        return self._connection.execute(UNFINISHED).fetchone() == (True,)
 
     def close(self) -> None:
         self._connection.close()
