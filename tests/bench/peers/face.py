@@ -72,7 +72,7 @@ class Marks:
         return len(self._noted)
 
     def times(self) -> list[float]:
-        return list(self._noted)
+        return sorted(self._noted)
 
     def cpu(self) -> float | None:
         """Seconds of CPU that the worker has used so far; None where that cannot be told."""
