@@ -8,8 +8,8 @@ from typing import Final
 
 from tests.bench.peers.face import BATCH, Asked, Marks, Peer, asked
 
-PATIENCE: Final = 600.0
-"""Seconds without an end after which a worker is given up."""
+PATIENCE: Final = 60.0
+"""Seconds in which not one job is done after which a worker is given up."""
 PAUSE: Final = 0.02
 """Seconds for which the worker has nothing to do before each job of the idle latency."""
 
@@ -65,10 +65,12 @@ PHASES: Final = {"fill": fill, "work": work, "put": put}
 
 
 def _wait(marks: Marks, count: int, look_every: float = 0.002) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline, seen = time.monotonic() + PATIENCE, 0
     while (done := marks.count()) < count:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{done} of {count} jobs are done after {PATIENCE:.0f} s")
+        if done > seen:
+            deadline, seen = time.monotonic() + PATIENCE, done
+        elif time.monotonic() > deadline:
+            raise TimeoutError(f"{done} of {count} jobs are done, and no other within {PATIENCE:.0f} s")
         time.sleep(look_every)
 
 
@@ -76,7 +78,7 @@ def _settle(peer: Peer) -> None:
     deadline = time.monotonic() + PATIENCE
     while peer.unfinished():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"outcomes are not stored after {PATIENCE:.0f} s")
+            raise TimeoutError(f"the handlers have run, but {PATIENCE:.0f} s later outcomes are not stored")
         time.sleep(0.005)
 
 
