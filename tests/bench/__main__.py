@@ -39,7 +39,10 @@ NAMES: Final = [each.name for each in CATALOG]
     show_default="build/bench",
     help="Folder for the environments of the peers, which are made once.",
 )
-@click.option("--database-url", help="A PostgreSQL of yours, for databases of the bench's own; else one is started.")
+@click.option(
+    "--database-url",
+    help="A PostgreSQL of yours, as a superuser, for databases of the bench's own; else one is started.",
+)
 def main(
     peers: tuple[str, ...],
     jobs: int,
