@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import cache
 from pathlib import Path
 
 from tests.bench.catalog import Entry
@@ -35,6 +36,7 @@ def python_of(entry: Entry, cache: Path) -> str:
     return str(python)
 
 
+@cache
 def versions_in(python: str) -> dict[str, str]:
     """Tell what is installed there, by name."""
     told = "import importlib.metadata as m; print('\\n'.join(f'{d.name} {d.version}' for d in m.distributions()))"
