@@ -359,6 +359,9 @@ def test_a_class_in_a_schema_of_its_own_has_queues_of_its_own(engine: Engine, ur
 # ---- beside others
 
 
+def _says_nothing(*_: object) -> None: ...
+
+
 @pytest.mark.parametrize("how", ["resumed", "added again"])
 def test_what_waited_long_is_found_at_once_though_the_fetch_went_by_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, how: str
@@ -366,7 +369,7 @@ def test_what_waited_long_is_found_at_once_though_the_fetch_went_by_it(
     """Scans that found little give a bound, behind which the next ones begin for a while."""
     monkeypatch.setattr(bounds, "WASTEFUL", 0.0)
     monkeypatch.setattr(bounds, "LONGEST", 300.0)
-    monkeypatch.setattr(bounds.Bounds, "tried", lambda *_: None)  # whatever the clock says of this machine
+    monkeypatch.setattr(bounds.Bounds, "tried", _says_nothing)  # whatever the clock says of this machine
     make_job(engine, due_in=timedelta(minutes=-1))
     delivered: list[JobRow] = []
     with opened(engine) as own, Session(engine) as session:
