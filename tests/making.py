@@ -178,7 +178,7 @@ def make_job(where: Where, **columns: Any) -> int:
 
 
 _SHOWN: Final = """
-    SELECT *, scheduled_at - now() AS delay, finalized_at IS NOT NULL AS finalized,
+    SELECT *, scheduled_at - clock_timestamp() AS delay, finalized_at IS NOT NULL AS finalized,
            to_jsonb(errors) AS all_errors, attempted_by[cardinality(attempted_by)] AS token
     FROM river_job
 """

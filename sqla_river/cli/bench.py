@@ -5,7 +5,8 @@ import logging
 import os
 import platform
 import sys
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 import click
@@ -13,14 +14,14 @@ import psycopg
 import sqlalchemy
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from sqlalchemy import URL
 
 from sqla_river.cli import ground
 from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
-from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, run
+from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Tell, run
 from sqla_river.schema import create_all
 
 POOL: Final = 5
@@ -86,16 +87,9 @@ def _measure(
     }
     told_to = Console(stderr=True, highlight=False)
     figures: list[Figure] = []
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, console=told_to, transient=True, disable=not told_to.is_terminal) as progress:
-        for profile in profiles:
-            task = progress.add_task(profile, total=1)
-
-            def tell(done: int, of: int, task: TaskID = task) -> None:
-                progress.update(task, completed=done, total=of)
-
+    for profile in profiles:
+        with _shown(told_to, profile) as tell:
             figures += run(profile, engine, settings, tell)
-            progress.update(task, visible=False)
     if as_json:
         found = [figure._asdict() for figure in figures]
         click.echo(json.dumps({"settings": settings._asdict(), "versions": versions, "figures": found}, indent=2))
@@ -104,6 +98,18 @@ def _measure(
         console.print(_table(console, figures))
         said = ", ".join(f"{name} {version}" for name, version in versions.items())
         console.print(f"{said}; {where}; {os.cpu_count()} cores", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _shown(console: Console, profile: str) -> Generator[Tell]:
+    """A bar for *profile*, on a terminal."""
+    if not console.is_terminal:
+        yield lambda _done, _of: None
+        return
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(profile, total=1)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def _table(console: Console, figures: list[Figure]) -> Table:
