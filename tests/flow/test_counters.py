@@ -7,6 +7,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from sqla_river import Cancel, JobContext, JobState, Snooze, queue_stats, stats_history
+from tests.crashing import spawn
 from tests.making import Count, Gate, eventually
 from tests.working import HOUR, after, handling, put, working
 
@@ -51,3 +52,27 @@ def test_a_runner_that_goes_on_tells_with_its_heartbeat(engine: Engine) -> None:
     with working(engine, gate, heartbeat=timedelta(milliseconds=200), lease=timedelta(seconds=3)):
         put(engine, *range(20))
         eventually(lambda: by_state(engine) == {"completed": 20}, what="its counts")
+
+
+PROGRAM = """
+import sys
+from datetime import timedelta
+from sqlalchemy import create_engine
+from sqla_river import Runner, Workers
+from tests.making import Count
+
+workers = Workers()
+workers.register(Count)(lambda job: None)
+beat = timedelta(seconds=0.2)
+Runner(create_engine(sys.argv[1]), workers, queues={"default": 4}, heartbeat=beat, lease=3 * beat).run()
+"""
+
+
+def test_a_kill_loses_no_count_that_a_heartbeat_has_told(engine: Engine, url: str) -> None:
+    with spawn(PROGRAM, url) as runner:
+        put(engine, *range(20))
+        eventually(lambda: by_state(engine) == {"completed": 20}, what="its counts")
+        runner.kill()
+        runner.wait(10)
+
+    assert by_state(engine) == {"completed": 20}
