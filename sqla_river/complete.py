@@ -152,7 +152,8 @@ class Completer:
 
     def _take(self) -> None:
         while self._results and len(self._taken) < LARGEST_BATCH:
-            self._taken.append(self._results.popleft())
+            self._taken.append(self._results[0])  # first: no look at `backlog` may miss it
+            self._results.popleft()
 
     def _retry(self, now: float) -> None:
         due = [again for again in self._again if again.at <= now]

@@ -136,6 +136,7 @@ class Incarnation:
             slots,
             kinds=lambda: orders.workers.kinds,
             deliver=self._fetched,
+            written=lambda: not self.completer.backlog,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.hears,

@@ -280,6 +280,7 @@ def make_fetcher(own: OwnConnection, delivered: list[JobRow], **said: Any) -> Fe
         "kinds": lambda: [Count.kind],
         "deliver": delivered.extend,
         "ready": lambda: True,
+        "written": lambda: True,
         "poll": 1.0,
         "hears": lambda: False,
         "wake": lambda: None,

@@ -33,6 +33,8 @@ much per job.
 """
 LOOKS: Final = 5
 """How often it looks meanwhile: a hundred jobs that do nothing are done in half a millisecond."""
+RESULT_EVERY: Final = 0.002
+"""Seconds between two looks whether the last results are written."""
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
@@ -48,6 +50,7 @@ class Fetcher:
         kinds: the kinds that have a worker here. A job of another kind stays available, unburnt.
         deliver: takes the fetched rows, at once.
         ready: whether results are written fast enough to take on more.
+        written: whether every result is.
         poll: seconds between two looks at an idle queue that nobody announced.
         hears: whether LISTEN is in force; without it polling never slows down.
     """
@@ -61,6 +64,7 @@ class Fetcher:
         kinds: Callable[[], list[str]],
         deliver: Callable[[list[JobRow]], None],
         ready: Callable[[], bool],
+        written: Callable[[], bool],
         poll: float,
         hears: Callable[[], bool],
         wake: Callable[[], None],
@@ -72,6 +76,7 @@ class Fetcher:
         self._kinds = kinds
         self._deliver = deliver
         self._ready = ready
+        self._written = written
         self._poll = poll
         self._hears = hears
         self._wake = wake
@@ -228,10 +233,14 @@ class Fetcher:
         """One look at the suspects' turn; when it is over the slots fill again."""
         self._count_freed()
         self._starved = True
-        self.turn.step(busy=any(self._busy.values()), fetch=self._fetch_suspect)
+        # A job that has ended is not alone with the next one before its result is written: it would run again.
+        ended = not any(self._busy.values())
+        self.turn.step(busy=not (ended and self._written()), fetch=self._fetch_suspect)
         if not self.turn.on:
             self._hungry = set(self._slots)
             return 0.0
+        if ended and not any(self._busy.values()):
+            return RESULT_EVERY
         now = time.monotonic()
         return max(0.0, min(self.turn.wait(now), self._poll, max(self.due.at - now, EVERY)))
 
