@@ -314,12 +314,15 @@ def _while_a_hook_sleeps(engine: Engine, colour: str, check: Callable[[Callable[
         plain(job)
 
     def rate() -> float:
-        begun, done = time.monotonic(), count_states(engine).get("completed", 0)
-        make_jobs(engine, 500, args={"number": 1})
+        done = count_states(engine).get("completed", 0)
+        put(engine, *[1] * 500)  # announced: what is found by the poll alone tells its pause, not a rate
+        begun = time.monotonic()
         eventually(lambda: count_states(engine).get("completed", 0) >= done + 500, 30, "500 jobs")
         return 500 / (time.monotonic() - begun)
 
-    with working(engine, plain if colour == "plain" else awaited, 8, on_error=on_error):
+    with working(
+        engine, plain if colour == "plain" else awaited, 50, on_error=on_error
+    ):  # of which one slot is its own job's
         check(rate)
         put(engine, 0)
         assert asleep.wait(30)
