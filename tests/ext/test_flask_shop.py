@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -68,6 +68,10 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
     browser.quit()
 
 
+_CHANGING = (StaleElementReferenceException, NoSuchElementException)
+"""What a look may come upon while the page loads anew: it is asked again."""
+
+
 class Reader:
     """Reads a page that changes under its eyes."""
 
@@ -78,7 +82,7 @@ class Reader:
     def text(self, css: str) -> str:
         try:
             return self._browser.find_element(By.CSS_SELECTOR, css).text
-        except StaleElementReferenceException:
+        except _CHANGING:
             return ""
 
     def wait(self, css: str, *parts: str) -> None:
@@ -89,7 +93,7 @@ class Reader:
         def clicked() -> bool:
             try:
                 self._browser.find_element(By.CSS_SELECTOR, css).click()
-            except StaleElementReferenceException:
+            except _CHANGING:
                 return False
             return True
 
