@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -24,7 +25,8 @@ from sqla_river.store import OwnConnection, error_json
 
 log: Final = Log(__name__)
 
-LARGEST_BATCH: Final = 1_000
+LARGEST_BATCH: Final = 2_000
+"""Results of one statement: twice what a fetch brings, so that the completer catches up with the slots."""
 LARGEST_BACKLOG: Final = 10_000
 """Results not yet written, beyond which nothing more is fetched; River's number."""
 NOTE_EVERY: Final = 1.0
@@ -75,13 +77,16 @@ class Completer:
         self._again: list[Again] = []
         self._progress: dict[JobRow, JobContext[Any]] = {}
         self._noted_at = 0.0
+        self._idle = True
+        """Whether the loop may be waiting for a result."""
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
     def put(self, result: Result) -> None:
         """Take *result*; written soon. Constant time, no lock."""
         self._results.append(result)
-        self._wake()
+        if self._idle:
+            self._wake()
 
     def progressed(self, job: JobContext[Any]) -> None:
         """Note how far *job* is; written with the next batch that is a second after the last."""
@@ -100,6 +105,7 @@ class Completer:
 
     def step(self) -> float:
         """Write one batch, and what is to be tried again; seconds until the next look."""
+        self._idle = False
         if not self._taken:
             self._take()
         full = not self.ready
@@ -111,6 +117,7 @@ class Completer:
             self._relieved()
         if self._progress and time.monotonic() >= self._noted_at + NOTE_EVERY:
             self._note()
+        self._idle = True  # before the look: who puts a result after this wakes it
         if self._results:
             return 0.0
         waits = [again.at for again in self._again]
@@ -151,9 +158,10 @@ class Completer:
         self._own.close()
 
     def _take(self) -> None:
-        while self._results and len(self._taken) < LARGEST_BATCH:
-            self._taken.append(self._results[0])  # first: no look at `backlog` may miss it
-            self._results.popleft()
+        results, taken = self._results, self._taken
+        for _ in range(min(len(results), LARGEST_BATCH)):
+            taken.append(results[0])  # first: no look at `backlog` may miss it
+            results.popleft()
 
     def _retry(self, now: float) -> None:
         due = [again for again in self._again if again.at <= now]
@@ -203,7 +211,8 @@ class Completer:
             return []
         if len(done) < len(batch):
             done |= self._look_after([result for result in batch if result.job.id not in done], pause)
-        return [(result, done[result.job.id]) for result in batch if result.job.id in done]
+        states = map(done.get, _ids(batch))
+        return [(result, state) for result, state in zip(batch, states, strict=True) if state is not None]
 
     def _refused(self, result: Result, error: Exception, pause: float) -> None:
         """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
@@ -235,8 +244,10 @@ class Completer:
         return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
 
     def _complete(self, batch: list[Result]) -> dict[int, JobState]:
-        ids = self._own.execute(COMPLETE_JOBS, {"p_ids": _ids(batch), "p_tokens": _tokens(batch)}).scalars()
-        return dict.fromkeys(ids, JobState.COMPLETED)
+        """All or none: which rows they were is asked only where some were left out."""
+        ids = _ids(batch)
+        written = self._own.execute(COMPLETE_JOBS, {"p_ids": ids, "p_tokens": _tokens(batch)}).rowcount
+        return dict.fromkeys(ids, JobState.COMPLETED) if written == len(batch) else {}
 
     def _settle(self, batch: list[Result]) -> dict[int, JobState]:
         rows = self._own.execute(
@@ -265,8 +276,7 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
     }
 
 
-def _id_of(result: Result) -> int:
-    return result.job.id
+_id_of: Final = attrgetter("job.id")
 
 
 def _ids(results: Sequence[Result]) -> list[int]:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     cast,
     column,
     extract,
@@ -55,10 +56,14 @@ WORK_COLUMNS: Final = (
     job.c.priority,
     cast(job.c.args, Text),
     cast(job.c.metadata_, Text),
-    # Compared as jsonb, which never raises, whatever somebody put there.
-    and_(func.jsonb_typeof(_expires) == literal("'number'"), _expires < func.to_jsonb(extract("epoch", NOW))).label(
-        "expired"
-    ),
+    # Compared as jsonb, which never raises, whatever somebody put there. The key is looked for first: to build what it
+    # is compared with costs 1 us a row.
+    case(
+        (
+            job.c.metadata_.op("?")(literal(f"'{EXPIRES_KEY}'")),
+            and_(func.jsonb_typeof(_expires) == literal("'number'"), _expires < func.to_jsonb(extract("epoch", NOW))),
+        )
+    ).label("expired"),
 )
 """What a slot needs, args and metadata as raw text: 8 columns cost 2.1 us a row, all 18 cost 5.7."""
 

@@ -314,7 +314,7 @@ class _LossyConnection(OwnConnection):
             return super().execute(statement, parameters)
         self.lose -= 1
         if not self.before:
-            super().execute(statement, parameters).all()
+            super().execute(statement, parameters)
         self.close()
         raise OperationalError(
             "lost", {}, Exception("server closed the connection unexpectedly"), connection_invalidated=True
@@ -413,7 +413,7 @@ def test_jobs_given_back_are_announced(engine: Engine) -> None:
 # ---- plans --------------------------------------------------------------------------
 
 PlanMode = Literal["generic", "custom"]
-SETTINGS: Final = own_settings("complete")
+SETTINGS: Final = {name: value for name, value in own_settings("complete").items() if name != "plan_cache_mode"}
 IDS: Final = list(range(1_000_020, 1_002_001, 20))
 STATEMENTS: Final[dict[str, tuple[Executable, dict[str, Any]]]] = {
     "COMPLETE_JOBS": (COMPLETE_JOBS, {"p_ids": IDS, "p_tokens": ["test/1"] * len(IDS)}),
@@ -439,7 +439,8 @@ def _check(plan: Plan) -> None:
     assert plan.indexes == {"river_job_pkey"}, plan
     assert "Seq Scan" not in {scan["Node Type"] for scan in plan.scans("river_job")}, plan
     assert (plan.removed("Join Filter"), plan.removed("Filter")) == (0, 0), plan
-    assert [node["Actual Rows"] for node in plan.nodes if node["Node Type"] == "ModifyTable"] == [len(IDS)]
+    written = [node for node in plan.nodes if node["Node Type"] == "Tid Scan"]
+    assert [node["Actual Rows"] for node in written] == [len(IDS)], plan
 
 
 @pytest.mark.parametrize("mode", ["generic", "custom"])

@@ -28,10 +28,11 @@ OUTCOMES: Final = {
 }
 
 
-def _write(own: OwnConnection, job_id: int, token: str, transition: Transition) -> list[Any]:
+def _write(own: OwnConnection, job_id: int, token: str, transition: Transition) -> int:
+    """How many rows that changed."""
     if transition == states.completed():
-        return list(own.execute(COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [token]}))
-    return list(own.execute(SETTLE_JOBS, settle_parameters([(job_id, token, transition)])))
+        return own.execute(COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [token]}).rowcount
+    return own.execute(SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).rowcount
 
 
 def _completer(own: OwnConnection, written: Callable[[Any], None] = lambda _: None) -> Completer:
@@ -47,7 +48,7 @@ def test_an_outcome_with_another_token_changes_nothing(engine: Engine, outcome: 
         for token in ("yesterday/1", "test/1", "test/", "", "test/22"):
             changed = _write(own, job_id, token, OUTCOMES[outcome])
 
-            assert changed == []
+            assert changed == 0
     assert text_of(engine, job_id) == was
 
 
@@ -58,7 +59,7 @@ def test_an_outcome_with_the_last_token_applies(engine: Engine, outcome: str) ->
     with opened(engine) as own:
         changed = _write(own, job_id, "test/2", OUTCOMES[outcome])
 
-    assert [row.id for row in changed] == [job_id]
+    assert changed == 1
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
@@ -74,7 +75,7 @@ def test_an_attempt_given_back_and_fetched_again_is_another_one(engine: Engine, 
         changed = _write(own, job_id, "one/1", OUTCOMES[outcome])
 
     assert first[0].attempt == second[0].attempt == 1
-    assert changed == []
+    assert changed == 0
     assert text_of(engine, job_id) == was
 
 
@@ -135,13 +136,13 @@ def test_two_jobs_never_answer_for_each_other(engine: Engine) -> None:
     crossed = {"p_ids": [one, two], "p_tokens": ["b/1", "a/1"]}
 
     with opened(engine) as own:
-        completed = own.execute(COMPLETE_JOBS, crossed).all()
+        completed = own.execute(COMPLETE_JOBS, crossed).rowcount
         held = own.execute(SELECT_HELD, crossed).all()
         settled = own.execute(
             SETTLE_JOBS, settle_parameters([(one, "b/1", states.interrupted()), (two, "a/1", states.interrupted())])
         ).all()
 
-    assert (completed, held, settled) == ([], [], [])
+    assert (completed, held, settled) == (0, [], [])
 
 
 def test_a_lost_fetch_is_looked_for_by_its_own_token(engine: Engine) -> None:
@@ -252,7 +253,7 @@ def test_ids_beyond_32_bits_work(engine: Engine) -> None:
     with opened(engine) as own:
         changed = _write(own, job_id, "test/1", states.completed())
 
-    assert [row.id for row in changed] == [2**40]
+    assert changed == 1
 
 
 def test_a_batch_may_hold_every_kind_of_outcome(engine: Engine) -> None:

@@ -34,7 +34,7 @@ from sqla_river.store import OwnConnection
 from tests.making import Count
 
 url, ledger, moment, number, slots = sys.argv[1:]
-left, execute = int(number), OwnConnection.execute
+left, execute, fetch = int(number), OwnConnection.execute, OwnConnection.fetch
 book = os.open(ledger, os.O_WRONLY | os.O_APPEND)
 
 def note(word, job_id):
@@ -57,14 +57,15 @@ def killed(self, statement, parameters=None):
     answer = execute(self, statement, parameters)
     if completing and moment == "after completing" and is_time():
         die()
-    if statement in (FETCH_AVAILABLE, FETCH_UNSUSPECTED) and moment == "between fetch and start":
-        rows = answer.freeze()  # it has taken something
-        if rows().all() and is_time():
-            die()
-        answer = rows()
     return answer
 
-OwnConnection.execute = killed
+def fetched(self, statement, parameters):
+    rows = fetch(self, statement, parameters)
+    if rows and statement in (FETCH_AVAILABLE, FETCH_UNSUSPECTED) and moment == "between fetch and start" and is_time():
+        die()
+    return rows
+
+OwnConnection.execute, OwnConnection.fetch = killed, fetched
 workers = Workers()
 
 @workers.register(Count)

@@ -90,7 +90,8 @@ def _fetch(token: str) -> Operation:
 def _outcome(token: str, name: str, transition: Transition) -> Operation:
     def do(connection: Connection, job_id: int) -> bool:
         if transition is states.completed():
-            return bool(store.execute(connection, None, COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [token]}).all())
+            given = {"p_ids": [job_id], "p_tokens": [token]}
+            return store.execute(connection, None, COMPLETE_JOBS, given).rowcount > 0
         return bool(
             store.execute(connection, None, SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).all()
         )

@@ -6,4 +6,3 @@ JOIN LATERAL (SELECT w.ctid AS at, w.id AS id
 FROM river_job AS w
 WHERE w.id = done.id AND CAST(w.state AS TEXT) = 'running' AND w.attempted_by[cardinality(w.attempted_by)] = done.token
 FOR UPDATE OF w SKIP LOCKED) AS held ON true)))) AND CAST(river_job.state AS TEXT) = 'running'
-RETURNING river_job.id

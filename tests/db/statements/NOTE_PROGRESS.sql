@@ -6,4 +6,5 @@ WHERE w.id = noted.id AND CAST(w.state AS TEXT) = 'running' AND w.attempted_by[c
 FOR UPDATE OF w SKIP LOCKED) AS held ON true) UPDATE river_job
 SET metadata=(CASE WHEN (jsonb_typeof(river_job.metadata) = 'object') THEN river_job.metadata ELSE '{}'::jsonb END || jsonb_build_object('sqla_river:progress', CAST(noting.note AS JSONB)))
 FROM noting
-WHERE noting.at = river_job.ctid AND river_job.id = noting.id AND CAST(river_job.state AS TEXT) = 'running'
+WHERE (river_job.ctid = any(array((SELECT noting.at
+FROM noting)))) AND river_job.id + 0 = noting.id AND CAST(river_job.state AS TEXT) = 'running'
