@@ -183,18 +183,22 @@ class CattrsCodec:
         """
         try:
             plan = self._plans.get(args_type) or self.plan(args_type)
+            decoded: A
             if plan.raw:
-                return cast("A", plan.decode(raw))
+                decoded = plan.decode(raw)
+                return decoded
             tree = _load(raw, exact=plan.open)
             try:
-                return cast("A", plan.decode(tree))
+                decoded = plan.decode(tree)
             except Mismatch:
                 # orjson reads an int of more than 64 bits as a float, which an int field refuses.
                 if plan.open or not _holds_long_number(raw):
                     raise
-            return cast("A", plan.decode(_load(raw, exact=True)))
+                decoded = plan.decode(_load(raw, exact=True))
         except Exception as error:  # noqa: BLE001 - a poison row must fail alone
             failure = DecodeError(*_told(error, self._plans.get(args_type)))
+        else:
+            return decoded
         raise failure
 
     def plan(self, cls: type) -> Plan:

@@ -14,14 +14,13 @@ from sqla_river.context import JobContext, cancel_context, staged_metadata
 from sqla_river.hooks import WORK_EVERYWHERE, Around, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
 from sqla_river.logs import Log, of_job, one_line
-from sqla_river.policy import Exponential, RiverPolicy
 from sqla_river.rows import JobRow, Result
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Worker, Workers
 
 log: Final = Log(__name__)
 
-_OURS: Final = (Exponential, RiverPolicy)
+_NOTHING: Final = nullcontext()
 
 
 class Unit(Protocol):
@@ -81,7 +80,7 @@ class Executor:
         self._scope = scope
         self._progressed = progressed
         self._middleware = tuple(middleware)
-        self._around: Around = nullcontext if around is None else lambda: _Surroundings(around())
+        self._around: Around | None = None if around is None else lambda: _Surroundings(around())
         self._keep_logs = keep_logs
         self._interrupted = False
         self._cancelled: set[int] = set()
@@ -101,47 +100,61 @@ class Executor:
         if job is not None:
             cancel_context(job, "cancel")
 
-    def is_async(self, row: JobRow) -> bool:
-        """Whether *row* belongs on the event loop."""
-        worker = self._workers.get(row.kind)
+    def is_async(self, kind: str) -> bool:
+        """Whether jobs of *kind* belong on the event loop."""
+        worker = self._workers.get(kind)
         return worker is not None and worker.is_async
 
     def execute(self, row: JobRow) -> Result:
         """One attempt at *row*, in this thread. Never raises."""
         attempt = _Attempt(row)
         try:
-            with self._around():
-                worker = self._begin(attempt)
-                if attempt.transition is None:
-                    if worker.transactional:
-                        with self._scope.open(row) as unit:
-                            self._start(worker, attempt)
-                            transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
-                            attempt.transition = transition
-                            attempt.settled = unit.settle(unit.session, transition)
-                    else:
-                        self._start(worker, attempt)
-                        attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
+            with self._around() if self._around is not None else _NOTHING:
+                self._work(attempt)
         except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
             if isinstance(error, self._scope.unknown):
                 attempt.settled = self._scope.resolve(row)
             self._failed(attempt, error)
         return self._end(attempt)
 
+    def _work(self, attempt: "_Attempt") -> None:
+        worker = self._begin(attempt)
+        if attempt.transition is not None:
+            return
+        if worker.transactional:
+            with self._scope.open(attempt.row) as unit:
+                self._start(worker, attempt)
+                transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
+                attempt.transition = transition
+                attempt.settled = unit.settle(unit.session, transition)
+        else:
+            self._start(worker, attempt)
+            attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
+
     async def execute_async(self, row: JobRow) -> Result:
-        """One attempt at *row*, on the running event loop. Never raises."""
+        """One attempt at *row*, in a task of its own on the running event loop. Never raises."""
         attempt = _Attempt(row)
         try:
-            with self._around():
+            with self._around() if self._around is not None else _NOTHING:
                 worker = self._begin(attempt)
-                if attempt.transition is None:
-                    if worker.transactional:
-                        async with self._scope.open_async(row) as unit:
-                            transition = self._wished(attempt, await self._call(worker, attempt, unit.session))
-                            attempt.transition = transition
-                            attempt.settled = await unit.session.run_sync(unit.settle, transition)
-                    else:
-                        attempt.transition = self._wished(attempt, await self._call(worker, attempt))
+                if attempt.transition is not None:
+                    pass
+                elif worker.transactional:
+                    async with self._scope.open_async(row) as unit:
+                        transition = self._wished(attempt, await self._call_apart(worker, attempt, unit.session))
+                        attempt.transition = transition
+                        attempt.settled = await unit.session.run_sync(unit.settle, transition)
+                else:
+                    job = attempt.job
+                    interruption = job.interrupt = _Interruption(asyncio.current_task())
+                    try:
+                        self._start(worker, attempt)
+                        outcome = self._chain(worker)(job)
+                        if isinstance(outcome, Awaitable):
+                            outcome = await cast("Awaitable[object]", outcome)
+                    finally:
+                        interruption.over()
+                    attempt.transition = self._wished(attempt, outcome)
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
                 attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
@@ -173,17 +186,18 @@ class Executor:
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:
         """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
         job = attempt.job
-        self.running[job.id] = job
+        job_id = attempt.row.id
+        self.running[job_id] = job
         if self._interrupted:
             cancel_context(job, "stop")
-        elif job.id in self._cancelled:
+        elif job_id in self._cancelled:
             cancel_context(job, "cancel")
         timeout = worker.timeout or self._timeout
         if timeout is not None:
             self._watch(job, timeout.total_seconds())
 
-    async def _call(self, worker: Worker, attempt: "_Attempt", *session: Any) -> object:
-        """Await the handler in a task of its own, so that cancelling it never reaches what is around it."""
+    async def _call_apart(self, worker: Worker, attempt: "_Attempt", *session: Any) -> object:
+        """Await the handler in a task of its own: whatever it does to that, what commits its work goes on."""
         job = attempt.job
         loop = asyncio.get_running_loop()
         task = loop.create_task(
@@ -200,10 +214,10 @@ class Executor:
         return outcome
 
     def _chain(self, worker: Worker) -> Callable[..., Any]:
-        around = (*WORK_EVERYWHERE, *self._middleware) if WORK_EVERYWHERE else self._middleware
-        if not around:
-            return worker.handler
         handler = worker.handler
+        if not (WORK_EVERYWHERE or self._middleware):
+            return handler
+        around = (*WORK_EVERYWHERE, *self._middleware)
 
         def call(job: JobContext[Any], *session: Any) -> Any:
             def innermost(job: JobContext[Any]) -> Any:
@@ -237,27 +251,28 @@ class Executor:
 
     def _end(self, attempt: "_Attempt") -> Result:
         job = attempt.job_or_none
-        if job is not None and self.running.get(job.id) is job:  # a later attempt may stand there
-            del self.running[job.id]
-        self._cancelled.discard(attempt.row.id)
+        job_id = attempt.row.id
+        if job is not None and self.running.get(job_id) is job:  # a later attempt may stand there
+            del self.running[job_id]
+        if self._cancelled:
+            self._cancelled.discard(job_id)
         assert attempt.transition is not None
         seconds = time.monotonic() - attempt.began
         return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
 
 
 class _Attempt:
-    """What is known of one attempt while it runs."""
+    """What is known of one attempt while it runs. What most attempts leave as it is stands in the class."""
 
-    __slots__ = ("began", "error", "job_or_none", "row", "settled", "transition", "worker")
+    worker: Worker | None = None
+    job_or_none: JobContext[Any] | None = None
+    transition: Transition | None = None
+    settled: JobState | None = None
+    error: BaseException | None = None
 
     def __init__(self, row: JobRow) -> None:
         self.row = row
         self.began = time.monotonic()
-        self.worker: Worker | None = None
-        self.job_or_none: JobContext[Any] | None = None
-        self.transition: Transition | None = None
-        self.settled: JobState | None = None
-        self.error: BaseException | None = None
 
     @property
     def job(self) -> JobContext[Any]:
@@ -267,6 +282,32 @@ class _Attempt:
     @job.setter
     def job(self, job: JobContext[Any]) -> None:
         self.job_or_none = job
+
+
+class _Interruption:
+    """Cancels the task of an async handler, for as long as the handler runs: never what comes after it."""
+
+    __slots__ = ("_on", "_task", "_told")
+
+    def __init__(self, task: "asyncio.Task[Any] | None") -> None:
+        assert task is not None
+        self._task = task
+        self._on = True
+        self._told = 0
+
+    def __call__(self) -> None:
+        """Let the handler have a CancelledError where it awaits. From any thread."""
+        self._task.get_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self._on:
+            self._told += self._task.cancel()
+
+    def over(self) -> None:
+        """The handler has come to its end."""
+        self._on = False
+        for _ in range(self._told):
+            self._task.uncancel()
 
 
 class _Surroundings:

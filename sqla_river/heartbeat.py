@@ -36,12 +36,14 @@ MOST_SKEW: Final = timedelta(seconds=1)
 
 
 class Fleet(NamedTuple):
-    """What a heartbeat learns: how many live runners come before this one, whether there are suspects, which of its
-    jobs to cancel; and, by queue, the places of those that have a free slot, this runner's own being *place*.
+    """What a heartbeat learns: how many live runners come before this one, whether there are suspects, and jobs that
+    may run soon whose runner died, which of its jobs to cancel; and, by queue, the places of those that have a free
+    slot, this runner's own being *place*.
     """
 
     rank: int
     suspects: bool
+    deaths: bool
     cancelled: Sequence[int]
     place: int
     peers: Mapping[str, Sequence[int]]
@@ -163,9 +165,9 @@ class Heartbeat:
             self._look_for_lost()
         self._beat_on = beat_on
         self._beat_at = began
-        rank, suspects, cancelled, place = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
+        rank, suspects, deaths, cancelled, place = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
         peers = self._own.execute(SELECT_PEERS, {"p_queues": list(slots)})
-        self._learnt(Fleet(rank, suspects, cancelled, place, {row.queue: row.places for row in peers}))
+        self._learnt(Fleet(rank, suspects, deaths, cancelled, place, {row.queue: row.places for row in peers}))
         if began - self._touched_at >= TOUCH_QUEUES_EVERY:
             self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
             self._touch_queues(slots.keys())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from sqla_river import states
+from sqla_river.admission import Admission
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
 from sqla_river.execute import Executor
@@ -23,7 +24,8 @@ class Held:
         executor: what runs in a slot.
         completer: takes what came of a job.
         slots: by queue.
-        freed: told of the queue that has a slot free.
+        freed: told of the queue of each job that has come to its end.
+        returned: told of the queue of each job that is let go without it.
         runner: the id that the log lines of the slots bear.
         last: awaited when the event loop of the async handlers ends.
     """
@@ -35,6 +37,7 @@ class Held:
         slots: Mapping[str, int],
         *,
         freed: Callable[[str], None],
+        returned: Callable[[str], None],
         runner: str,
         last: Callable[[], Coroutine[Any, Any, object]] | None,
     ) -> None:
@@ -42,8 +45,10 @@ class Held:
         self._completer = completer
         self._slots = slots
         self._freed = freed
-        self._threads = Threads(sum(slots.values()), executor.execute, self._finished, "sqla_river-slot", runner)
-        self._event_loop = EventLoop(executor.execute_async, self._finished, "sqla_river-loop", runner, last)
+        self._returned = returned
+        self._admission = Admission(slots)
+        self._threads = Threads(sum(slots.values()), executor.execute, self._finished_plain, "sqla_river-slot", runner)
+        self._event_loop = EventLoop(executor.execute_async, self._finished_async, "sqla_river-loop", runner, last)
         self._unfinished: dict[int, JobRow] = {}
         """By identity: a job may be fetched again before its last attempt has been taken out here."""
         self._given_up: set[JobRow] = set()
@@ -70,7 +75,9 @@ class Held:
     # ---- in and out -------------------------------------------------------------------------------------------------
 
     def deliver(self, rows: list[JobRow]) -> None:
-        """Begin *rows*, as many as there are free slots. Those of a queue that is worked no more go back."""
+        """Begin *rows*, as many as there are free slots; the others wait for one. Those of a queue that is worked no
+        more go back.
+        """
         with self._placing:
             if self.stopping:
                 self.give_back(rows)
@@ -79,16 +86,21 @@ class Held:
             if unwanted:
                 self.give_back(unwanted)
                 rows = [row for row in rows if row.queue in self._slots]
-            self._unfinished |= {id(row): row for row in rows}
-            self._open |= {row.id: row for row in rows}
-            loop = [row for row in rows if self._executor.is_async(row)]
-            if loop:
-                self._event_loop.deliver(loop)
-                rows = [row for row in rows if not self._executor.is_async(row)]
-            if rows:
-                self._threads.deliver(rows, len(self._unfinished))
+            self._unfinished.update(zip(map(id, rows), rows, strict=True))
+            self._open.update((row.id, row) for row in rows)
+            self._begin(self._admission.admit(rows))
 
-    def _finished(self, result: Result) -> None:
+    def _begin(self, rows: list[JobRow]) -> None:
+        """Begin *rows*, each of which has a slot."""
+        awaited = {kind for kind in {row.kind for row in rows} if self._executor.is_async(kind)}
+        if awaited:
+            self._event_loop.deliver([row for row in rows if row.kind in awaited])
+            rows = [row for row in rows if row.kind not in awaited]
+        if rows:
+            self._threads.deliver(rows, self._admission.passed)
+
+    def _finished(self, result: Result) -> JobRow | None:
+        """A handler has come to its end; the job that begins in its place."""
         if not self._hand_on(result):
             self._given_up.discard(result.job)
             self._completer.stale += 1
@@ -97,10 +109,27 @@ class Held:
                 result.job.id,
                 **of_job(result.job),
             )
-            return
-        self._freed(result.job.queue)
+            return None
+        queue = result.job.queue
+        following = self._admission.leave(queue)
+        self._freed(queue)
         if self.stopping:
             self.changed.set()
+        return following
+
+    def _finished_plain(self, result: Result) -> JobRow | None:
+        following = self._finished(result)
+        if following is None or not self._executor.is_async(following.kind):
+            return following
+        self._event_loop.deliver([following])
+        return None
+
+    def _finished_async(self, result: Result) -> JobRow | None:
+        following = self._finished(result)
+        if following is None or self._executor.is_async(following.kind):
+            return following
+        self._threads.deliver([following], self._admission.passed)
+        return None
 
     def _hand_on(self, result: Result) -> bool:
         """Put *result* and let go of its job; False where that was done before, because it was given up."""
@@ -116,7 +145,7 @@ class Held:
         for row in rows:
             self._completer.put(Result(row, states.interrupted()))
             self._let_go(row)
-            self._freed(row.queue)
+            self._returned(row.queue)
 
     def _let_go(self, row: JobRow) -> None:
         if self._open.get(row.id) is row:
@@ -125,7 +154,17 @@ class Held:
 
     def give_back_waiting(self) -> None:
         """Give back what no slot has begun."""
-        self.give_back(self._threads.take_back())
+        self.give_back(self._admission.turn_away())
+        self._give_back_admitted(self._threads.take_back())
+
+    def _give_back_admitted(self, rows: Iterable[JobRow]) -> None:
+        for row in rows:
+            self._admission.leave(row.queue)  # nothing waits
+            self.give_back([row])
+
+    def give_back_ahead(self, queue: str | None) -> None:
+        """Give back the jobs that were fetched ahead, those of *queue* where one is named."""
+        self.give_back(self._admission.turn_away(queue))
 
     # ---- what may befall them ---------------------------------------------------------------------------------------
 
@@ -133,6 +172,8 @@ class Held:
         """Run as many jobs at once as *slots* says. Where a queue has more than that, what has not begun goes back."""
         with self._placing:
             self._slots = slots
+            self._admission.resize(slots)
+            self.give_back(self._admission.turn_away())
             waiting = self._threads.take_back()
             surplus = Counter(row.queue for row in self.rows)
             surplus.subtract(slots)
@@ -142,8 +183,8 @@ class Held:
                     surplus[row.queue] -= 1
                     back.add(row)
             self._threads.put_back(row for row in waiting if row not in back)
-            self.give_back(back)
-            self._threads.resize(sum(slots.values()), len(self._unfinished))
+            self._give_back_admitted(back)
+            self._threads.resize(sum(slots.values()), self._admission.passed)
 
     def lost(self, rows: Sequence[JobRow]) -> None:
         """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
@@ -153,19 +194,25 @@ class Held:
             "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
         )
         lost = set(rows)
-        keep: list[JobRow] = []
         with self._placing:
-            for row in self._threads.take_back():
-                if row in lost:
-                    self._let_go(row)
-                    self._freed(row.queue)
-                else:
-                    keep.append(row)
+            ahead = self._drop(self._admission.turn_away(), lost)
+            admitted = self._threads.take_back()
+            keep = self._drop(admitted, lost)
+            for row in lost.intersection(admitted):
+                self._admission.leave(row.queue)
             self._threads.put_back(keep)
+            self._begin(self._admission.admit(ahead))
         for row in rows:
             job = self._executor.running.get(row.id)
             if job is not None and job.row is row:
                 cancel_context(job, "lease lost")
+
+    def _drop(self, rows: list[JobRow], lost: set[JobRow]) -> list[JobRow]:
+        """Let go of those of *rows* that are *lost*; the others."""
+        for row in lost.intersection(rows):
+            self._let_go(row)
+            self._returned(row.queue)
+        return [row for row in rows if row not in lost]
 
     def stuck(self, job: JobContext[Any]) -> None:
         """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
@@ -183,7 +230,10 @@ class Held:
             **of_job(row),
         )
         self._threads.replace(row)
+        following = self._admission.leave(row.queue)
         self._freed(row.queue)
+        if following is not None:
+            self._begin([following])
         if len(self._given_up) > sum(self._slots.values()):
             log.error(
                 "%d handlers hang; this runner drains and ends, for its supervisor to start another",

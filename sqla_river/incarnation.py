@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
+from operator import attrgetter, itemgetter
 from typing import Any, Final, cast
 
 from sqla_river import store
@@ -55,6 +56,8 @@ FETCH_TIMEOUT: Final = 2.0
 """Seconds for a fetch that is on its way when nothing else is left."""
 FLUSH_TIMEOUT: Final = 0.5
 """Seconds for the last results, beyond what is left of the stop's own time."""
+COMPLETED: Final = JobState.COMPLETED
+_first, _second, _queue_of = itemgetter(0), itemgetter(1), attrgetter("job.queue")
 READY_TIMEOUT: Final = 10.0
 """Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
 
@@ -90,8 +93,8 @@ class Incarnation:
 
         # The same plan each time: to plan anew costs a tenth of a fetch of a hundred rows.
         fetch, heartbeat = own("fetch", plan_cache_mode="force_generic_plan"), own("heartbeat")
-        # A plan of SETTLE_JOBS that was made while the table was empty would walk all of it, until the next ANALYZE.
-        complete = own("complete", plan_cache_mode="force_custom_plan")
+        # The same here. A plan that was made while the table was empty must not walk all of it, until the next ANALYZE.
+        complete = own("complete", plan_cache_mode="force_generic_plan", enable_nestloop="off", enable_mergejoin="off")
         duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
         self._watch = Watch(lambda: self._watching.wake(), lambda job: self._held.stuck(job), lambda: self._held.look())
         self.executor = Executor(
@@ -119,6 +122,7 @@ class Incarnation:
             self.completer,
             slots,
             freed=lambda queue: self._fetcher.freed(queue),
+            returned=lambda queue: self._fetcher.returned(queue),
             runner=self.id,
             # Its connections are the loop's.
             last=orders.async_engine.dispose if orders.async_engine is not None else None,
@@ -136,6 +140,7 @@ class Incarnation:
             slots,
             kinds=lambda: orders.workers.kinds,
             deliver=self._fetched,
+            give_back=self._held.give_back_ahead,
             written=lambda: not self.completer.backlog,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
@@ -187,20 +192,23 @@ class Incarnation:
         self._held.deliver(rows)
 
     def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
-        self._counters.add((result.job.queue, state) for result, state in written)
+        self._counters.add(zip(map(_queue_of, map(_first, written)), map(_second, written), strict=True))
         self._meters.tell("written", written)
         self.worked += len(written)
         for result, state in written:
-            delay = result.transition.delay
-            if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
-                self._fetcher.due.due_in(delay.total_seconds())
+            if state is not COMPLETED and state in (JobState.RETRYABLE, JobState.SCHEDULED):
+                delay = result.transition.delay
+                if delay is not None:
+                    self._fetcher.due.due_in(delay.total_seconds())
         finished_here(result.job.id for result, state in written if state in FINALIZED)
         if self.events.heard:
             self.events.results(written)
 
     def _rescued(self, freed: Sequence[Any]) -> None:
+        # Before the fetch that it is woken for.
+        self._fetcher.deaths = self._fetcher.deaths or bool(freed)
         if any(row.suspect for row in freed):
-            self._fetcher.suspects = True  # before the fetch that it is woken for
+            self._fetcher.suspects = True
         self._fetcher.heard(None)
         # Those of Go's clients are counted with all else that no runner of ours ends.
         self._counters.add((row.queue, JobState(row.state)) for row in freed if row.ours)
@@ -221,7 +229,9 @@ class Incarnation:
             self._controlled(notice.get("action"), queue, notice.get("job_id"))
             return
         if notice.get("suspects") is True:
-            self._fetcher.suspects = True
+            self._fetcher.suspects = self._fetcher.deaths = True
+        elif notice.get("deaths") is True:
+            self._fetcher.deaths = True
         self._fetcher.heard(queue, pid)
 
     def _controlled(self, action: object, queue: str | None, job_id: object) -> None:
@@ -229,6 +239,8 @@ class Incarnation:
             self._beating.wake()  # which reads whether somebody did ask
         elif action == "resume":
             self._fetcher.resumed(None if queue in (None, "*") else queue)
+        elif action == "pause":
+            self._held.give_back_ahead(None if queue == "*" else queue)
         if (
             action in ("pause", "resume")
             and self.events.heard
@@ -240,7 +252,7 @@ class Incarnation:
     def _learnt(self, fleet: Fleet) -> None:
         self._fetcher.due.rank = fleet.rank
         self._fetcher.wakeups.place, self._fetcher.wakeups.peers = fleet.place, fleet.peers
-        self._fetcher.suspects = fleet.suspects
+        self._fetcher.suspects, self._fetcher.deaths = fleet.suspects, fleet.deaths
         self._fetcher.relieved()
         for job_id in fleet.cancelled:
             if job_id in self._held:

@@ -279,6 +279,7 @@ def make_fetcher(own: OwnConnection, delivered: list[JobRow], **said: Any) -> Fe
         "slots": {"default": 100},
         "kinds": lambda: [Count.kind],
         "deliver": delivered.extend,
+        "give_back": str,
         "ready": lambda: True,
         "written": lambda: True,
         "poll": 1.0,

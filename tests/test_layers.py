@@ -21,7 +21,18 @@ FLOORS: list[set[str]] = [
     {"models"},  # 6 the mapping, and its listeners
     {"session", "choice"},  # 7 the caller's session; which jobs are meant
     {"insert", "admin", "listing", "queues", "wait", "stats", "check", "health"},  # 8 the stations of a client
-    {"fetch", "execute", "slots", "settle", "complete", "counters", "heartbeat", "duties", "live"},  # 9 a worker's
+    {
+        "fetch",
+        "admission",
+        "execute",
+        "slots",
+        "settle",
+        "complete",
+        "counters",
+        "heartbeat",
+        "duties",
+        "live",
+    },  # 9 a worker's
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
     {"asyncio", "orders"},  # 11 its awaited twin; what a worker is told
     {"incarnation"},  # 12 assembly of the worker, which alone knows everybody

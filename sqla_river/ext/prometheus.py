@@ -53,7 +53,10 @@ COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "sqla_river_jobs_discarded_total": ("Jobs discarded: their last attempt failed.", JOB),
     "sqla_river_jobs_cancelled_total": ("Jobs cancelled while they ran, or by their handler.", JOB),
     "sqla_river_jobs_snoozed_total": ("Attempts that asked for a later time.", JOB),
-    "sqla_river_jobs_interrupted_total": ("Attempts that a stop of the runner ended; they do not count.", JOB),
+    "sqla_river_jobs_interrupted_total": (
+        "Attempts that a stop of the runner ended, and jobs given back before they began; they do not count.",
+        JOB,
+    ),
     "sqla_river_jobs_rescued_total": ("Jobs of dead runners that this one freed.", JOB),
     "sqla_river_stale_outcomes_total": ("Outcomes that came too late and changed nothing.", ()),
 }

@@ -2,13 +2,15 @@
 
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final
+from operator import attrgetter
+from typing import Any, Final, cast
 
 from sqlalchemy import Executable
 from sqlalchemy.exc import IntegrityError
 
+from sqla_river.fetch.ahead import AHEAD, LATE, Ahead
 from sqla_river.fetch.alone import Turn
 from sqla_river.fetch.bounds import Bounds
 from sqla_river.fetch.due import EVERY, DueTimer
@@ -38,6 +40,8 @@ RESULT_EVERY: Final = 0.002
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
+_new: Final[Callable[[type[JobRow], tuple[Any, ...]], JobRow]] = cast("Any", tuple).__new__
+_id_of, _queue_of, _priority_of = attrgetter("id"), attrgetter("queue"), attrgetter("priority")
 
 
 class Fetcher:
@@ -49,6 +53,7 @@ class Fetcher:
         slots: the size of each queue.
         kinds: the kinds that have a worker here. A job of another kind stays available, unburnt.
         deliver: takes the fetched rows, at once.
+        give_back: lets go of the jobs of a queue that were fetched ahead and have not begun.
         ready: whether results are written fast enough to take on more.
         written: whether every result is.
         poll: seconds between two looks at an idle queue that nobody announced.
@@ -63,6 +68,7 @@ class Fetcher:
         *,
         kinds: Callable[[], list[str]],
         deliver: Callable[[list[JobRow]], None],
+        give_back: Callable[[str], None],
         ready: Callable[[], bool],
         written: Callable[[], bool],
         poll: float,
@@ -75,15 +81,18 @@ class Fetcher:
         self._busy = dict.fromkeys(slots, 0)
         self._kinds = kinds
         self._deliver = deliver
+        self._give_back = give_back
         self._ready = ready
         self._written = written
         self._poll = poll
         self._hears = hears
         self._wake = wake
         self._freed: deque[str] = deque()
+        self._returned: deque[str] = deque()
         self._number = 0
         self._lost: dict[str, float] = {}
         self._bounds = Bounds(poll)
+        self._ahead = Ahead()
         self._resumed: deque[str | None] = deque()
         # What the next step has to do, and when (monotonic).
         self._hungry = set(slots)
@@ -94,6 +103,8 @@ class Fetcher:
         self.due = DueTimer(own, poll, wake)
         self.turn = Turn(own, runner_id, self._asked_everywhere, wake)
         self.suspects = False
+        self.deaths = False
+        """Whether jobs are known whose runners died: what is fetched ahead would be blamed for the next death too."""
 
     # ---- called from other threads ---------------------------------------------------------------------------------
 
@@ -118,7 +129,13 @@ class Fetcher:
     def freed(self, queue: str) -> None:
         """A slot of *queue* is free. Constant time, no lock."""
         self._freed.append(queue)
-        if self._starved or queue in self._hungry:
+        if self._starved:
+            self._wake()
+
+    def returned(self, queue: str) -> None:
+        """A job of *queue* is let go without having come to its end: that says nothing of how soon others do."""
+        self._returned.append(queue)
+        if self._starved:
             self._wake()
 
     def relieved(self) -> None:
@@ -133,6 +150,7 @@ class Fetcher:
         now = time.monotonic()
         self._starved = False
         self._heed_resize()
+        self._let_go_of_late(now)
         woken, twice = self.wakeups.take(self._slots, now)
         self._hungry |= woken
         while self._resumed:
@@ -165,23 +183,43 @@ class Fetcher:
             self._bounds.forget(queue)
 
     def _free(self) -> dict[str, int]:
-        """The free slots of the queues that may have work."""
+        """How many jobs to fetch of the queues that may have work: for their free slots, and ahead."""
         free = self._free_now()
         for _ in range(LOOKS):
-            if not 0 < 2 * sum(free.values()) < sum(self._slots[queue] for queue in self._hungry):
+            most = sum(self._slots[queue] + self._ahead_of(queue) for queue in self._hungry)
+            if not 0 < 2 * sum(free.values()) < min(most, LARGEST_FETCH):
                 break
-            time.sleep(GATHER / LOOKS)
+            time.sleep(GATHER / LOOKS if self._any_free() else AHEAD / 4 / LOOKS)
             free = self._free_now()
         return free
 
     def _free_now(self) -> dict[str, int]:
         self._count_freed()
-        free = {queue: self._slots[queue] - self._busy[queue] for queue in self._hungry}
+        free = {queue: self._slots[queue] + self._ahead_of(queue) - self._busy[queue] for queue in self._hungry}
         return {queue: slots for queue, slots in free.items() if slots > 0}
 
+    def _any_free(self) -> bool:
+        return any(self._busy[queue] < self._slots[queue] for queue in self._hungry)
+
+    def _ahead_of(self, queue: str) -> int:
+        return 0 if self.deaths or self.turn.on else self._ahead.of(queue, self._slots[queue])
+
     def _count_freed(self) -> None:
-        while self._freed:
-            self._busy[self._freed.popleft()] -= 1
+        ended = _drained(self._freed)
+        for queue, count in (ended + _drained(self._returned)).items():
+            self._busy[queue] -= count
+        self._ahead.freed(ended, time.monotonic())
+
+    def _waiting(self) -> list[str]:
+        """The queues of which jobs were fetched ahead, and wait."""
+        return [queue for queue, slots in self._slots.items() if self._busy[queue] > slots]
+
+    def _let_go_of_late(self, now: float) -> None:
+        waiting = self._waiting()
+        if waiting:
+            self._count_freed()
+            for queue in self._ahead.late(waiting, now):
+                self._give_back(queue)
 
     def free_queues(self) -> list[str]:
         """The queues that have a free slot, as far as any thread can tell."""
@@ -203,7 +241,7 @@ class Fetcher:
             self._bounds.learn(self._own, asked, rows, began, time.monotonic())
         # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if
         # nothing had just woken it: then a second look costs less than a job that waits for the poll.
-        self._hungry -= set(free) - {row.queue for row in rows} - set(twice)
+        self._hungry -= set(free) - set(map(_queue_of, rows)) - set(twice)
         return len(rows)
 
     def _execute_fetch(self, statement: Executable, asked: Mapping[str, Any]) -> list[JobRow]:
@@ -212,12 +250,13 @@ class Fetcher:
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
         given = {**asked, "p_token": token}
         try:
-            fetched = self._own.execute(statement, given).all()
+            fetched = self._own.fetch(statement, given)
         except IntegrityError:
             # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
             self._own.execute(DISCARD_CONFLICTS)
-            fetched = self._own.execute(statement, given).all()
-        rows = [JobRow._make((*row, token)) for row in fetched]
+            fetched = self._own.fetch(statement, given)
+        tail = (token,)
+        rows = [_new(JobRow, row + tail) for row in fetched]
         del self._lost[token]
         self._take(rows)
         return rows
@@ -246,9 +285,10 @@ class Fetcher:
 
     def _take(self, rows: list[JobRow]) -> None:
         # RETURNING comes in the order of the table.
-        rows.sort(key=lambda row: (row.priority, row.id))
-        for row in rows:
-            self._busy[row.queue] += 1
+        rows.sort(key=_id_of)
+        rows.sort(key=_priority_of)
+        for queue, count in Counter(map(_queue_of, rows)).items():
+            self._busy[queue] += count
         self._deliver(rows)
 
     def _recover(self) -> None:
@@ -286,4 +326,11 @@ class Fetcher:
         wait = [self._poll_at - now, self.due.wait(now), self.wakeups.wait(now)]
         if self._lost:
             wait.append(1.0)
+        if self._waiting():
+            wait.append(LATE)
         return max(0.0, min(wait))
+
+
+def _drained(queues: deque[str]) -> Counter[str]:
+    """What stood in *queues*, to which others append, counted."""
+    return Counter(queues.popleft() for _ in range(len(queues)))

@@ -249,7 +249,7 @@ _told: Final = (
             + cast(func.to_json(_rescued.c.queue), Text)
             + case(
                 (func.bool_or(_rescued.c.suspect), literal("""', "suspects": true}'""")),
-                else_=literal("'}'"),
+                else_=literal("""', "deaths": true}'"""),
             ),
         ).label("said")
     )

@@ -6,6 +6,7 @@ from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func,
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from sqla_river.statements.words import (
+    AVAILABLE,
     CANCEL_ASKED,
     CTID,
     LAST_TOKEN,
@@ -74,9 +75,12 @@ UPSERT_QUEUES: Final = (
     .add_cte(_touched)
 )
 
-# Caller: heartbeat.py, every 5 s. The runner's rank among those that live, whether there are suspects, and which of its
-# running jobs somebody asked to cancel (for runners that do not LISTEN); and its place, a number that all runners draw
-# lots with. Index: river_job_running_idx.
+# A scalar, so that no plan can be made of it but one look at the primary key for each of the few.
+_state_of_suspect: Final = select(STATE_TEXT).where(job.c.id == river_suspect.c.job_id).correlate(river_suspect)
+
+# Caller: heartbeat.py, every 5 s. The runner's rank among those that live; whether there are suspects, and jobs that
+# may run soon whose runner died; which of its running jobs somebody asked to cancel (for runners that do not LISTEN);
+# and its place, a number that all runners draw lots with. Index: river_job_pkey, river_job_running_idx.
 SELECT_FLEET: Final = select(
     select(func.count())
     .select_from(river_runner)
@@ -84,6 +88,10 @@ SELECT_FLEET: Final = select(
     .scalar_subquery()
     .label("rank"),
     select(river_suspect.c.job_id).where(river_suspect.c.deaths >= SUSPICIOUS).exists().label("suspects"),
+    select(river_suspect.c.job_id)
+    .where(_state_of_suspect.scalar_subquery().in_([AVAILABLE, RUNNING]))
+    .exists()
+    .label("deaths"),
     func.array(select(job.c.id).where(job.c.state == RUNNING, CANCEL_ASKED, _mine).scalar_subquery()).label(
         "cancelled"
     ),

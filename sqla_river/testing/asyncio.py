@@ -2,6 +2,7 @@
 same transaction; plain ones run on the event loop's own thread.
 """
 
+import asyncio
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
@@ -89,7 +90,11 @@ async def work_one(
     if session is None:
         row = inline.loose_row(inserted, attempt)
         executor = stations.executor
-        result = await executor.execute_async(row) if executor.is_async(row) else executor.execute(row)
+        result = (
+            await asyncio.create_task(executor.execute_async(row))
+            if executor.is_async(row.kind)
+            else executor.execute(row)
+        )
         return stations.told(result, result.transition.state)
     await _checked(session).run_sync(stations.begin)
     row = await session.run_sync(stations.put, args, inserted, attempt)
@@ -99,10 +104,10 @@ async def work_one(
 
 
 async def _work(session: "AsyncSession", stations: Inline, row: JobRow) -> Worked:
-    if stations.executor.is_async(row):
+    if stations.executor.is_async(row.kind):
         where: dict[str, Any] = {"mapper": inspect(stations.job_class)}
         stations.scope.async_connection = await session.connection(bind_arguments=where)
-        result = await stations.executor.execute_async(row)
+        result = await asyncio.create_task(stations.executor.execute_async(row))
     else:
         result = await session.run_sync(lambda _: stations.executor.execute(row))
     return await session.run_sync(stations.complete, result)

@@ -235,7 +235,7 @@ class Inline:
 
     def execute(self, row: JobRow) -> Result:
         """One attempt at *row*, whose handler may be ``async``."""
-        if self.executor.is_async(row):
+        if self.executor.is_async(row.kind):
             return run(lambda: self.executor.execute_async(row))
         return self.executor.execute(row)
 

@@ -290,7 +290,7 @@ def test_a_gap_is_made_good_only_once_the_lost_are_known(
 # ---- what it learns --------------------------------------------------------------------------------------------------
 
 
-def test_a_beat_learns_the_rank_the_suspects_and_what_is_to_be_cancelled(engine: Engine) -> None:
+def test_a_beat_learns_the_rank_the_suspects_the_deaths_and_what_is_to_be_cancelled(engine: Engine) -> None:
     first, second, third = (f"host:1:{number:016x}" for number in (1, 2, 3))
     make_runner(engine, first)
     make_runner(engine, third)
@@ -310,11 +310,15 @@ def test_a_beat_learns_the_rank_the_suspects_and_what_is_to_be_cancelled(engine:
         with engine.begin() as connection:
             connection.execute(text("UPDATE river_suspect SET deaths = 2"))
         heart.step()
+        with engine.begin() as connection:  # it waits for its retry
+            connection.execute(text("UPDATE river_job SET state = 'retryable' WHERE id = 1"))
+        heart.step()
 
-    assert [(fleet.rank, fleet.suspects, list(fleet.cancelled)) for fleet in told] == [
-        (1, False, [cancelled]),
-        (1, False, [cancelled]),
-        (1, True, [cancelled]),
+    assert [(fleet.rank, fleet.suspects, fleet.deaths, list(fleet.cancelled)) for fleet in told] == [
+        (1, False, False, [cancelled]),
+        (1, False, True, [cancelled]),
+        (1, True, True, [cancelled]),
+        (1, True, False, []),
     ]
 
 

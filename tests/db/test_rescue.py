@@ -408,7 +408,11 @@ def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) ->
         heard = [json.loads(note.payload) for note in listener.notifies(timeout=5, stop_after=3)]
         heard += [json.loads(note.payload) for note in listener.notifies(timeout=0.05)]
 
-    assert sorted(heard, key=str) == [{"queue": "a"}, {"queue": "b"}, {"queue": "d", "suspects": True}]
+    assert sorted(heard, key=str) == [
+        {"queue": "a", "deaths": True},
+        {"queue": "b", "deaths": True},
+        {"queue": "d", "suspects": True},
+    ]
 
 
 # ---- suspects --------------------------------------------------------------------------------------------------------

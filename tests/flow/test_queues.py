@@ -320,6 +320,24 @@ def test_what_has_not_begun_and_has_no_slot_any_more_goes_back_with_its_attempt(
         assert (job_id in stations._held) == (job_id in stay)
 
 
+@pytest.mark.parametrize(("queue", "stay"), [("mail", [1, 3, 4]), ("*", [1, 3]), ("elsewhere", [1, 2, 3, 4])])
+def test_a_pause_gives_back_what_was_fetched_ahead(engine: Engine, queue: str, stay: list[int]) -> None:
+    ids = [make_job(engine, queue=queue) for queue in ("mail", "mail", "a", "a")]
+    stations = Incarnation(Runner(engine, handling(nothing), queues={"mail": 1, "a": 1})._orders)
+    stations._held._threads._made = 2  # which are slow to begin
+    with opened(engine) as own:
+        stations._held.deliver(fetch(own, slots={"mail": 2, "a": 2}))
+    stations._controlled("pause", queue, None)
+    stations.completer.step()
+    stations.completer.close()
+
+    assert ids == [1, 2, 3, 4]
+    for job_id in ids:
+        row = read_job(engine, job_id)
+        assert (row["state"], row["attempt"]) == (("running", 1) if job_id in stay else ("available", 0))
+        assert (job_id in stations._held) == (job_id in stay)
+
+
 def test_what_a_fetch_brings_of_a_removed_queue_goes_back_with_its_attempt(engine: Engine) -> None:
     gone, kept = make_job(engine, queue="mail"), make_job(engine, queue="a")
     gate = Gate()
