@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -197,10 +197,10 @@ class Completer:
             self._written(written)
 
     def _write_batch(
-        self, batch: list[Result], write: Callable[[list[Result]], dict[int, JobState]], pause: float
+        self, batch: list[Result], write: Callable[[list[Result]], Sequence[JobState | None]], pause: float
     ) -> list[tuple[Result, JobState]]:
         try:
-            done = write(batch)
+            came_to = write(batch)
         except Exception as error:
             if _away(error):
                 raise
@@ -209,10 +209,17 @@ class Completer:
                 return self._write_batch(batch[:middle], write, pause) + self._write_batch(batch[middle:], write, pause)
             self._refused(batch[0], error, pause)
             return []
-        if len(done) < len(batch):
-            done |= self._look_after([result for result in batch if result.job.id not in done], pause)
-        states = map(done.get, _ids(batch))
-        return [(result, state) for result, state in zip(batch, states, strict=True) if state is not None]
+        pairs = zip(batch, came_to, strict=True)
+        if None in came_to:
+            written, missing = list[tuple[Result, JobState]](), list[Result]()
+            for result, state in pairs:
+                if state is None:
+                    missing.append(result)
+                else:
+                    written.append((result, state))
+            found = self._look_after(missing, pause)
+            return written + [(result, found[result.job.id]) for result in missing if result.job.id in found]
+        return cast("list[tuple[Result, JobState]]", list(pairs))
 
     def _refused(self, result: Result, error: Exception, pause: float) -> None:
         """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
@@ -243,13 +250,14 @@ class Completer:
             log.warning("%d outcomes came too late and changed nothing: jobs %s", len(stale), _ids(stale)[:20])
         return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
 
-    def _complete(self, batch: list[Result]) -> dict[int, JobState]:
-        """All or none: which rows they were is asked only where some were left out."""
-        ids = _ids(batch)
-        written = self._own.execute(COMPLETE_JOBS, {"p_ids": ids, "p_tokens": _tokens(batch)}).rowcount
-        return dict.fromkeys(ids, JobState.COMPLETED) if written == len(batch) else {}
+    def _complete(self, batch: list[Result]) -> Sequence[JobState | None]:
+        """What each came to; all or none: which rows were written is asked only where some were left out."""
+        given = {"p_ids": _ids(batch), "p_tokens": _tokens(batch)}
+        written = self._own.execute(COMPLETE_JOBS, given).rowcount == len(batch)
+        return [JobState.COMPLETED if written else None] * len(batch)
 
-    def _settle(self, batch: list[Result]) -> dict[int, JobState]:
+    def _settle(self, batch: list[Result]) -> Sequence[JobState | None]:
+        """What each came to; None for those that were left out."""
         rows = self._own.execute(
             SETTLE_JOBS,
             settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]),
@@ -258,7 +266,7 @@ class Completer:
         given_back = sorted({result.job.queue for result in batch if states.get(result.job.id) == JobState.AVAILABLE})
         if given_back:
             self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": given_back})
-        return states
+        return [states.get(result.job.id) for result in batch]
 
 
 def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[str, list[Any]]:

@@ -27,6 +27,8 @@ LONG_WAY: Final = 0.002
 """Seconds from a call to the GIL after which it is in demand: a thread that has it gives it up after 5 ms."""
 MANY: Final = 32
 """Jobs that are begun in so long where handlers wait for nothing."""
+TURN: Final = 100
+"""Async jobs that begin one after the other, a millisecond of them, before the loop sees to its other tasks."""
 LEFT_TIMEOUT: Final = 0.2
 """Seconds for tasks that ignored a stop to end when the event loop does."""
 
@@ -213,6 +215,8 @@ class EventLoop:
         self._thread: threading.Thread | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """By identity of the row, so that they live."""
+        self._ready: deque[JobRow] = deque()
+        self._beginning = False
         self._ticked_at = math.inf
         self._said = False
         self._ended = False
@@ -295,16 +299,37 @@ class EventLoop:
         self._ticked_at = time.monotonic()
         self._loop.call_later(LOOP_BLOCKED_AFTER / 4, self._tick)
 
-    def _begin(self, rows: list[JobRow]) -> None:
-        assert self._loop is not None
-        for row in rows:
-            self._tasks[id(row)] = asyncio.Task(self._work(row), loop=self._loop, name=_name(row))
+    def _begin(self, rows: Iterable[JobRow] = ()) -> None:
+        """Begin *rows*, and those that follow the ones which are over at once; a hundred, and then it is the turn of
+        whoever else waits for the loop.
+        """
+        self._ready.extend(rows)
+        if self._beginning:  # in the first step of a job, below: what follows it waits for its turn
+            return
+        self._beginning = True
+        for _ in range(min(len(self._ready), TURN)):
+            row = self._ready.popleft()
+            task = _task(self._work(row), self._loop, _name(row))
+            if not task.done():
+                self._tasks[id(row)] = task
+        self._beginning = False
+        if self._ready and self._loop is not None:
+            self._loop.call_soon(self._begin)
 
     async def _work(self, row: JobRow) -> None:
         following = self._finished(await self._execute(row))
-        del self._tasks[id(row)]
+        self._tasks.pop(id(row), None)
         if following is not None:
             self._begin([following])
+
+
+def _task(
+    coroutine: Coroutine[Any, Any, None], loop: "asyncio.AbstractEventLoop | None", name: str
+) -> "asyncio.Task[None]":
+    """A task that takes its first step now, where Python can do that: many jobs need no other."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
+    return asyncio.Task(coroutine, loop=loop, name=name)
 
 
 class Watch:
