@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
 
-from sqlalchemy import Column, Connection, FromClause, MetaData, Table, event
+from sqlalchemy import Column, Connection, FromClause, MetaData, ScalarSelect, Table, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedColumn, Mapper, declared_attr
 
 from sqla_river import notify, store
@@ -15,6 +15,7 @@ from sqla_river.config import Settings
 from sqla_river.errors import MappingError, UniqueNeedsEnqueueError
 from sqla_river.options import OptionWords, check_schema, check_when, said_in
 from sqla_river.rows import Heard, InsertRow, expiring, place
+from sqla_river.statements import announcing
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER, job_table, river_job
 
@@ -170,12 +171,24 @@ def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
         if when is delay and delay is not None:
             job._delay = delay, found.at  # added anew after a rollback, it counts from the new now()
     job._heard = Heard.of([(job.queue, found)])
+    _announce(connection, job, job._heard)
     if job._expires is not None:
         job.metadata_ = expiring(job.metadata_, job._expires, partial(store.transaction_now, connection))
 
 
+def _announce(connection: Connection, job: JobMixin, heard: Heard) -> None:
+    """Let the INSERT of the first job of a queue announce it; the others of the transaction flush as one."""
+    held = vars(job)
+    if isinstance(held.get("attempt"), ScalarSelect):  # of a flush that failed
+        del held["attempt"]
+    schema = store.real_schema(connection, declared_schema(type(job)))
+    if notify.says(connection, schema, heard, job.__river__.notify):
+        # A column that has a server default, so that the flush brings its value back.
+        held["attempt"] = announcing(held.get("attempt") or 0, schema, job.queue)
+
+
 @event.listens_for(JobMixin, "after_insert", propagate=True)
-def _announce(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
+def _tell(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
     if job._heard is not None:
         schema = store.real_schema(connection, declared_schema(type(job)))
         notify.tell(connection, schema, job._heard, job.__river__.notify)

@@ -85,6 +85,7 @@ from sqla_river.statements.insert import (
     RESERVE_IDS,
     SELECT_HOLDER,
     SELECT_NOW,
+    announcing,
 )
 from sqla_river.statements.queues import PAUSE_QUEUES, RESUME_QUEUES, SELECT_QUEUES, UPDATE_QUEUE
 from sqla_river.statements.runner import (
@@ -189,4 +190,5 @@ __all__ = [
     "UPSERT_QUEUES",
     "UPSERT_RUNNER",
     "WORK_COLUMNS",
+    "announcing",
 ]

@@ -17,15 +17,17 @@ import transaction
 import zope.sqlalchemy
 from psycopg import sql
 from sqlalchemy import Engine, MetaData, create_engine, make_url, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from sqla_river import InsertOptions, JobMixin, River, create_all, notify
+from sqla_river import InsertOptions, Job, JobMixin, River, create_all, notify
 from sqla_river import asyncio as awaited
 from sqla_river.config import NotifyMode
 from sqla_river.models import RiverBase
 from tests.database import emptied, shared_database
 from tests.jobs import Ping, SendSMS
+from tests.making import count_states
 
 DEFAULT = '{"queue": "default"}'
 SMS = '{"queue": "notifications"}'
@@ -121,6 +123,24 @@ ways = pytest.mark.parametrize("how", ["enqueue", "core", "many"])
 
 
 # ---- inside the transaction ------------------------------------------------------------------------------------------
+
+
+def test_a_job_of_a_flush_that_failed_is_announced_when_it_is_added_again(engine: Engine, ear: Ear) -> None:
+    with Session(engine) as session:
+        job, broken = Job(Ping(1)), Job(Ping(2))
+        broken.kind = "x" * 1_000  # the table refuses that
+        session.add_all([job, broken])
+        with pytest.raises(IntegrityError):
+            session.flush()
+        session.rollback()
+        session.add(Job(Ping(3)))
+        session.flush()
+        session.add(job)  # announced by the other: it goes in as it is
+        session.commit()
+
+        assert job.attempt == 0
+    assert ear.heard() == ['{"queue": "default"}']
+    assert count_states(engine) == {"available": 2}
 
 
 @ways
