@@ -2,7 +2,6 @@
 
 import atexit
 import json
-import math
 import os
 import re
 import secrets
@@ -43,6 +42,7 @@ from sqla_river.rows import JobRow, Result
 from sqla_river.settle import Scope
 from sqla_river.slots import Watch
 from sqla_river.states import FINALIZED, JobState
+from sqla_river.stopping import FLUSH_TIMEOUT, Stop
 from sqla_river.store import OwnConnection
 from sqla_river.wait import finished_here
 
@@ -50,12 +50,6 @@ log: Final = Log(__name__)
 
 CONTROL: Final = "river_control"
 TOPICS: Final = ("river_insert", CONTROL)
-INTERRUPT_TIMEOUT: Final = 5.0
-"""Seconds that handlers get after ``job.cancelled`` was set by a stop, before they are left behind."""
-FETCH_TIMEOUT: Final = 2.0
-"""Seconds for a fetch that is on its way when nothing else is left."""
-FLUSH_TIMEOUT: Final = 0.5
-"""Seconds for the last results, beyond what is left of the stop's own time."""
 COMPLETED: Final = JobState.COMPLETED
 _first, _second, _queue_of = itemgetter(0), itemgetter(1), attrgetter("job.queue")
 READY_TIMEOUT: Final = 10.0
@@ -79,9 +73,6 @@ class Incarnation:
         self.events = orders.events
         self._meters = orders.meters
         self.worked = 0
-        self.asked = 0
-        self._hurry = 0
-        self._flush_by = math.inf
         self._checked = False
         self._refused: SchemaError | None = None
         schema = declared_schema(orders.river.job_class)
@@ -183,6 +174,7 @@ class Incarnation:
             "sqla_river-duties", lambda: self.turns.step() if self._heart.beaten else 0.1, duties.close
         )
         self._watching = loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
+        self._stop = Stop(self._held, self.executor, self.completer, self._fetching, self._completing, self.id)
 
     # ---- the arrows between the stations ------------------------------------------------------------
 
@@ -259,7 +251,7 @@ class Incarnation:
                 self.executor.cancel(job_id)
 
     def _flush(self) -> None:
-        self.completer.flush(lambda: self._flush_by)
+        self.completer.flush(lambda: self._stop.flush_by)
         try:
             if self._heart.clock is not None:
                 self._counters.write(self._own_complete, self._heart.clock, FLUSH_TIMEOUT)
@@ -275,7 +267,7 @@ class Incarnation:
         if self._listener is not None:
             self._listener.start()
         until = time.monotonic() + READY_TIMEOUT
-        while not (self._ready() or self._refused or self._hurry or self.asked) and time.monotonic() < until:
+        while not (self._ready() or self._refused or self._stop.wanted) and time.monotonic() < until:
             time.sleep(0.005)
         if self._refused is not None:
             self.stop(0.0)
@@ -343,45 +335,18 @@ class Incarnation:
         return self._held.exhausted.is_set()
 
     def hurry(self) -> None:
-        """Go one step further: from starting to started, from waiting to interrupting, from there to leaving behind."""
-        self._hurry += 1
-        self._held.changed.set()
+        """See `Stop.hurry`."""
+        self._stop.hurry()
 
     def ask(self, step: int) -> None:
-        """Go at least so far: 1 is to stop, 2 to interrupt, 3 to leave behind."""
-        self.asked = max(self.asked, step)
-        self._held.changed.set()
-
-    @property
-    def _hurried(self) -> int:
-        """How many steps the stop is to go beyond waiting."""
-        return max(self._hurry, self.asked - 1)
+        """See `Stop.ask`."""
+        self._stop.ask(step)
 
     def stop(self, soft: float) -> None:
+        """End this life: *soft* seconds for what runs, and then `Stop`'s further steps."""
         self.stopping = self._held.stopping = True
-        self._hurry = 0
-        began = time.monotonic()
         atexit.unregister(_stop_at_exit)
-        self._fetching.stop()
-        self._held.give_back_waiting()
-        if not self._finish_by(began + soft, hurried=1):
-            if self._held:
-                took = time.monotonic() - began
-                log.warning("%d jobs still run after %.1f s and are interrupted", len(self._held), took, runner=self.id)
-            self.executor.interrupt()
-            # What a fetch on its way brings must go back before the last results are written.
-            patience = INTERRUPT_TIMEOUT if self._held else FETCH_TIMEOUT
-            if not self._finish_by(time.monotonic() + patience, hurried=2) and self._held:
-                left = self._held.rows
-                log.error(
-                    "%d jobs ignore the stop and are left behind: %s",
-                    len(left),
-                    [(row.id, row.kind) for row in left[:20]],
-                    runner=self.id,
-                )
-                self._held.give_back(left)
-        self._held.stop()
-        self._write_the_last(max(began + soft, time.monotonic()) + FLUSH_TIMEOUT)
+        self._stop.run(soft)
         for loop in (self._maintaining, self._beating, self._watching):
             loop.stop()
         if self._listener is not None:
@@ -390,41 +355,6 @@ class Incarnation:
         self._beating.join(0.1)
         self._held.join(0.1)
         log.info("runner %s has stopped", self.id, runner=self.id)
-
-    def _write_the_last(self, deadline: float) -> None:
-        """Write every result that is left; a database that is on its way back has until *deadline*, unless the stop is
-        hurried.
-        """
-        hurried = self._hurried
-        self._flush_by = deadline
-        self._completing.stop()
-        while self._completing.alive and time.monotonic() < self._flush_by:
-            self._completing.join(0.05)
-            if self._hurried > hurried:
-                self._flush_by = min(self._flush_by, time.monotonic() + FLUSH_TIMEOUT)
-                hurried = self._hurried + 1
-        self._completing.join(0.1)
-        if self.completer.backlog:
-            log.error(
-                "%d results could not be written; their jobs run again when the lease of %s is over",
-                self.completer.backlog,
-                self.id,
-                runner=self.id,
-            )
-
-    def _finish_by(self, deadline: float, hurried: int) -> bool:
-        """Wait until nothing runs any more; False at *deadline*, or once the stop was hurried so often."""
-        while self._held or self._fetching.alive:
-            self._held.changed.clear()
-            self._held.give_back_waiting()
-            left = deadline - time.monotonic()
-            if left <= 0 or self._hurried >= hurried:
-                return False
-            if self._fetching.alive:
-                self._fetching.join(min(left, 0.05))
-            elif self._held:
-                self._held.changed.wait(min(left, 0.5))
-        return True
 
 
 def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:

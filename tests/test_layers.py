@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
         "live",
     },  # 9 a worker's
     {"river", "held"},  # 10 assembly of the client; the jobs that a runner holds
-    {"asyncio", "orders"},  # 11 its awaited twin; what a worker is told
+    {"asyncio", "orders", "stopping"},  # 11 its awaited twin; what a worker is told, and how it ends
     {"incarnation"},  # 12 assembly of the worker, which alone knows everybody
     {"runner"},  # 13 the face of the worker
     {"cli", "ext", "testing"},  # 14 skins

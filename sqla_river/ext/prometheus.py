@@ -47,7 +47,10 @@ FRESH_FOR: Final = 75.0
 
 JOB: Final = ("queue", "kind")
 COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
-    "sqla_river_jobs_started_total": ("Jobs fetched, each for a slot that is free.", JOB),
+    "sqla_river_jobs_started_total": (
+        "Jobs fetched, for slots that are free or soon will be; what goes back unbegun counts as interrupted.",
+        JOB,
+    ),
     "sqla_river_jobs_completed_total": ("Jobs completed.", JOB),
     "sqla_river_jobs_failed_total": ("Attempts that failed, the last of a job included.", JOB),
     "sqla_river_jobs_discarded_total": ("Jobs discarded: their last attempt failed.", JOB),
