@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
 
-from sqlalchemy import Column, Connection, FromClause, MetaData, ScalarSelect, Table, event
+from sqlalchemy import Column, Connection, FromClause, MetaData, Table, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedColumn, Mapper, declared_attr
 
 from sqla_river import notify, store
@@ -179,7 +179,7 @@ def _place(_: Mapper[Any], connection: Connection, job: JobMixin) -> None:
 def _announce(connection: Connection, job: JobMixin, heard: Heard) -> None:
     """Let the INSERT of the first job of a queue announce it; the others of the transaction flush as one."""
     held = vars(job)
-    if isinstance(held.get("attempt"), ScalarSelect):  # of a flush that failed
+    if isinstance(held.get("attempt"), announcing):  # of a flush that failed
         del held["attempt"]
     schema = store.real_schema(connection, declared_schema(type(job)))
     if notify.says(connection, schema, heard, job.__river__.notify):

@@ -107,12 +107,10 @@ def packed_tokens(name: str) -> ColumnElement[Any]:
     return cast(bindparam(name, type_=_Packed('"')), ARRAY(Text))
 
 
-def notification(topic: str, payload: ColumnElement[Any], schema: ColumnElement[Any] | None = None) -> Any:
-    """pg_notify on River's channel ``<schema>.<topic>``; the schema is p_schema unless given, and where that is None
-    the connection's current one.
-    """
-    named = bindparam("p_schema", type_=Text) if schema is None else schema
-    return func.pg_notify(func.coalesce(named, func.current_schema()) + literal(f"'.{topic}'"), payload)
+def notification(topic: str, payload: ColumnElement[Any]) -> ColumnElement[Any]:
+    """pg_notify on River's channel ``<schema>.<topic>``; a schema of None is the connection's current one."""
+    schema = func.coalesce(bindparam("p_schema", type_=Text), func.current_schema())
+    return func.pg_notify(schema + literal(f"'.{topic}'"), payload)
 
 
 def queue_payload(queue: ColumnElement[Any]) -> ColumnElement[Any]:
