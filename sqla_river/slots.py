@@ -10,7 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from queue import SimpleQueue
 from typing import Any, Final
 
@@ -215,6 +215,7 @@ class EventLoop:
         self._thread: threading.Thread | None = None
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """By identity of the row, so that they live."""
+        self._context = copy_context()
         self._ready: deque[JobRow] = deque()
         self._beginning = False
         self._ticked_at = math.inf
@@ -274,6 +275,7 @@ class EventLoop:
 
     def _run(self) -> None:
         RUNNER.set(self._runner)
+        self._context = copy_context()
         loop = self._loop
         assert loop is not None
         asyncio.set_event_loop(loop)
@@ -309,7 +311,8 @@ class EventLoop:
         self._beginning = True
         for _ in range(min(len(self._ready), TURN)):
             row = self._ready.popleft()
-            task = _task(self._work(row), self._loop, _name(row))
+            # Of the loop's own context: what follows is begun in that of the job before it.
+            task = _task(self._work(row), self._loop, _name(row), self._context.copy())
             if not task.done():
                 self._tasks[id(row)] = task
         self._beginning = False
@@ -324,12 +327,12 @@ class EventLoop:
 
 
 def _task(
-    coroutine: Coroutine[Any, Any, None], loop: "asyncio.AbstractEventLoop | None", name: str
+    coroutine: Coroutine[Any, Any, None], loop: "asyncio.AbstractEventLoop | None", name: str, context: Context
 ) -> "asyncio.Task[None]":
     """A task that takes its first step now, where Python can do that: many jobs need no other."""
     if sys.version_info >= (3, 12):
-        return asyncio.Task(coroutine, loop=loop, name=name, eager_start=True)
-    return asyncio.Task(coroutine, loop=loop, name=name)
+        return asyncio.Task(coroutine, loop=loop, name=name, context=context, eager_start=True)
+    return asyncio.Task(coroutine, loop=loop, name=name, context=context)
 
 
 class Watch:

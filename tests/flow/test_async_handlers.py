@@ -111,16 +111,16 @@ def test_context_variables_of_a_job_are_its_own(engine: Engine, colour: str) -> 
 
     async def awaited(job: JobContext[Count]) -> None:
         plain(job)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.001)
         assert variable.get() == f"job {job.id}"
         await asyncio.create_task(asyncio.sleep(0))
         assert variable.get() == f"job {job.id}"
 
-    make_jobs(engine, 6)
+    make_jobs(engine, 300)  # enough for some that are fetched ahead, and follow one in its slot
     with working(engine, awaited if colour == "async" else plain, 2):
-        eventually(all_are(engine, "completed", 6))
+        eventually(all_are(engine, "completed", 300))
 
-    assert seen == ["clean"] * 6
+    assert seen == ["clean"] * 300
 
 
 class Evil(BaseException):
