@@ -38,6 +38,7 @@ from sqla_river.statements.words import (
     array_of,
     fence,
     job,
+    last_token,
     literal,
     packed_ids,
     packed_tokens,
@@ -195,10 +196,15 @@ NOTE_PROGRESS: Final = (
     )
 )
 
-# Caller: complete.py, for ids that did not come back. Running: locked by somebody. Another state under our token:
-# written by an earlier try whose reply was lost. Not found: stale.
-SELECT_HELD: Final = (
-    select(job.c.id, STATE_TEXT.label("state"))
-    .select_from(_done.join(job, job.c.id == _done.c.id))
-    .where(_done.c.token == LAST_TOKEN)
+# By LATERAL as above; OFFSET 0 keeps it one.
+_read: Final[Any] = (
+    select(w.c.id, cast(w.c.state, Text).label("state"))
+    .where(w.c.id == _done.c.id, last_token(w) == _done.c.token)
+    .offset(literal("0"))
+    .correlate(_done)
+    .lateral("read")
 )
+
+# Caller: complete.py, for results that may not have been written. Running: locked by somebody. Another state under our
+# token: written, now or by an earlier try whose reply was lost. Not found: stale. Index: river_job_pkey. No locks.
+SELECT_HELD: Final = select(_read.c.id, _read.c.state).select_from(_done.join(_read, true()))

@@ -51,7 +51,14 @@ CTID: Final[ColumnElement[Any]] = literal("river_job.ctid")
 # On `state` itself the planner may walk a partial index instead of the primary key or the ctids: 115 ms against 10 ms
 # for 1,000 jobs.
 STATE_TEXT: Final = cast(job.c.state, Text)
-LAST_TOKEN: Final[ColumnElement[Any]] = literal("river_job.attempted_by[cardinality(river_job.attempted_by)]")
+
+
+def last_token(of: Any) -> ColumnElement[Any]:
+    """The token of the last fetch."""
+    return literal(f"{of.name}.attempted_by[cardinality({of.name}.attempted_by)]")
+
+
+LAST_TOKEN: Final = last_token(job)
 STARTED_AT: Final[ColumnElement[Any]] = literal(
     """to_char(river_job.attempted_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 )
@@ -129,8 +136,7 @@ def appended(name: str, kept: int, item: ColumnElement[Any]) -> ColumnElement[An
 
 def fence(of: Any, token: ColumnElement[Any]) -> ColumnElement[bool]:
     """The job is running, and its last fetch is ours. `attempt` is no part of it: a snooze gives it back."""
-    last: ColumnElement[Any] = literal(f"{of.name}.attempted_by[cardinality({of.name}.attempted_by)]")
-    return and_(cast(of.c.state, Text) == RUNNING, last == token)
+    return and_(cast(of.c.state, Text) == RUNNING, last_token(of) == token)
 
 
 class in_bitmask(FunctionElement[bool]):  # noqa: N801 - reads as the function that it is

@@ -1,4 +1,6 @@
-SELECT river_job.id, CAST(river_job.state AS TEXT) AS state
+SELECT read.id, read.state
 FROM unnest(CAST(%(p_ids)s::VARCHAR AS BIGINT[]), CAST(%(p_tokens)s::VARCHAR AS TEXT[])) AS done(id, token)
-JOIN river_job ON river_job.id = done.id
-WHERE done.token = river_job.attempted_by[cardinality(river_job.attempted_by)]
+JOIN LATERAL (SELECT w.id AS id, CAST(w.state AS TEXT) AS state
+FROM river_job AS w
+WHERE w.id = done.id AND w.attempted_by[cardinality(w.attempted_by)] = done.token
+LIMIT ALL OFFSET 0) AS read ON true
