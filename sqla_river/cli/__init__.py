@@ -2,6 +2,8 @@
 
 import sys
 
+from sqla_river.cli.interrupts import kept
+
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
 
@@ -17,9 +19,10 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        import click
+        with kept():
+            import click
 
-        from sqla_river.cli.app import app
+            from sqla_river.cli.app import app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in {"click", "rich"}:

@@ -2,11 +2,37 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Generator
 from types import FrameType
 from typing import Final
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def kept() -> Generator[None, None, None]:
+    """Raise behind the block a Ctrl-C that got lost in it: what imports call back, as finalizers, swallows exceptions.
+
+    Only where Python's own handler is in place, which a program that calls us may have replaced.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 class Interrupts:

@@ -118,6 +118,30 @@ def test_interrupt_while_the_demo_starts_leaves_nothing(base: Path, sign: str) -
     wait_for(lambda: not traces(base))
 
 
+LOST = """
+import os, signal, sys
+from sqla_river.cli import main
+
+class Swallows:
+    def find_spec(self, name, *_):
+        if name == "rich":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, Swallows())
+sys.argv = ["sqla-river", "--version"]
+main()
+"""
+
+
+def test_an_interrupt_that_an_import_swallows_is_not_lost() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOST], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
 @needs_proc
 @pytest.mark.parametrize(
     ("words", "number", "times"),
