@@ -309,13 +309,15 @@ class EventLoop:
         if self._beginning:  # in the first step of a job, below: what follows it waits for its turn
             return
         self._beginning = True
-        for _ in range(min(len(self._ready), TURN)):
-            row = self._ready.popleft()
-            # Of the loop's own context: what follows is begun in that of the job before it.
-            task = _task(self._work(row), self._loop, _name(row), self._context.copy())
-            if not task.done():
-                self._tasks[id(row)] = task
-        self._beginning = False
+        try:
+            for _ in range(min(len(self._ready), TURN)):
+                row = self._ready.popleft()
+                # Of the loop's own context: what follows is begun in that of the job before it.
+                task = _task(self._work(row), self._loop, _name(row), self._context.copy())
+                if not task.done():
+                    self._tasks[id(row)] = task
+        finally:
+            self._beginning = False
         if self._ready and self._loop is not None:
             self._loop.call_soon(self._begin)
 

@@ -26,15 +26,17 @@ def shared_database(server: str, template: str) -> Iterator[str]:
     admin.dispose()
 
 
-def emptied(url: str) -> Iterator[Engine]:
-    """An engine; afterwards the jobs are gone, their ids begin anew, and tables of the test's own are dropped."""
+def emptied(url: str, *tables: str) -> Iterator[Engine]:
+    """An engine; afterwards the jobs are gone, their ids begin anew, and tables of the test's own are dropped; the
+    *tables* are empty too.
+    """
     engine = create_engine(url)
     yield engine
     with engine.begin() as connection:
         for name in inspect(connection).get_table_names():
             if not name.startswith("river_"):
                 connection.execute(text(f"DROP TABLE {name} CASCADE"))
-        connection.execute(text("TRUNCATE river_job RESTART IDENTITY CASCADE"))
+        connection.execute(text(f"TRUNCATE {', '.join(['river_job', *tables])} RESTART IDENTITY CASCADE"))
     engine.dispose()
 
 

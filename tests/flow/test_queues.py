@@ -29,10 +29,7 @@ def url(server: str, template: str) -> Iterator[str]:
 
 @pytest.fixture
 def engine(url: str) -> Iterator[Engine]:
-    for engine in emptied(url):
-        yield engine
-        with engine.begin() as connection:
-            connection.execute(text("TRUNCATE river_queue, river_suspect, river_duty, river_runner"))
+    yield from emptied(url, "river_queue", "river_suspect", "river_duty", "river_runner")
 
 
 def now(engine: Engine) -> Any:
