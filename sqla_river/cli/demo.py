@@ -75,8 +75,9 @@ class Demo:
 
     def run(self, url: URL | None, orders: int) -> None:
         """Tell the story from begin to end."""
-        _find_shop()
-        from shop import jobs, story
+        with self._interrupts.shield():
+            _find_shop()
+            from shop import jobs, story
 
         engine = self._engine(url)
         create_all(engine)

@@ -12,15 +12,18 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def kept() -> Generator[None, None, None]:
-    """Raise behind the block a Ctrl-C that got lost in it: what imports call back, as finalizers, swallows exceptions.
+    """Raise a Ctrl-C only behind the block, which imports; a second one at once.
 
-    Only where Python's own handler is in place, which a program that calls us may have replaced.
+    Raised within, it may hit a callback of the import machinery or of a finalizer: Python prints such an exception,
+    with its traceback, and forgets it. Only where Python's own handler is in place, which a program that calls us may
+    have replaced.
     """
     came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        signal.default_int_handler(number, frame)
+        if len(came) > 1:
+            signal.default_int_handler(number, frame)
 
     ours = threading.current_thread() is threading.main_thread()
     ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
