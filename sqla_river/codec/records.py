@@ -305,29 +305,48 @@ def _encoder(cls: type, fields: list[Field], inner: list[Shape]) -> Callable[[An
 
 
 def _decoder(cls: type, fields: list[Field], inner: list[Shape]) -> Callable[[Any], Any]:
-    """``def decode(value)`` that gives the instance; a field with a default is passed on only if its key is there."""
-    optional = any(not field.required for field in fields)
+    """``def decode(value)`` that gives the instance.
+
+    For a key that is not there the constructor gets its own default, which may be the sentinel of a factory: as if
+    nothing were passed, in half the time. Only a constructor written by hand can hide it; that one is passed nothing.
+    """
+    parameters = inspect.signature(cls).parameters
+    defaults: dict[str, Any] = {}
+    given: list[str] = []
+    hidden = False
     lines = ["def decode(value):", "  if type(value) is not dict: raise wrong('object', value)", "  get = value.get"]
-    lines += ["  more = {}"] if optional else []
-    lines += ["  at = 0", "  try:"]
+    lines += ["  more = {}", "  at = 0", "  try:"]
     for n, (field, shape) in enumerate(zip(fields, inner, strict=True)):
-        lines += [f"    at = {n}", f"    v{n} = get({field.key!r}, missing)"]
-        check = shape.decode_as_is.format(f"v{n}") or "False"
+        default = parameters[field.alias].default if field.alias in parameters else inspect.Parameter.empty
         if field.required:
-            lines += [
-                f"    if v{n} is missing or not ({check}):",
-                f"      if v{n} is missing: raise absent()",
-                f"      v{n} = decode_{n}(v{n})",
-            ]
+            otherwise = "raise absent()"
+        elif default is inspect.Parameter.empty:
+            otherwise = "pass"
         else:
-            lines += [f"    if v{n} is not missing: more[{field.alias!r}] = v{n} if {check} else decode_{n}(v{n})"]
-    given = ", ".join(f"{field.alias}=v{n}" for n, field in enumerate(fields) if field.required)
+            defaults[f"default_{n}"] = default
+            otherwise = f"v{n} = default_{n}"
+        check = shape.decode_as_is.format(f"v{n}") or "False"
+        lines += [
+            f"    at = {n}",
+            f"    v{n} = get({field.key!r}, missing)",
+            f"    if v{n} is missing: {otherwise}",
+            f"    elif not ({check}): v{n} = decode_{n}(v{n})",
+        ]
+        if otherwise == "pass":
+            hidden = True
+            lines.append(f"    if v{n} is not missing: more[{field.alias!r}] = v{n}")
+        else:
+            given.append(f"{field.alias}=v{n}")
+    if hidden:
+        given.append("**more")
+    else:
+        lines.remove("  more = {}")
     lines += [
         "    pass",
         "  except Mismatch as error:",
         "    error.parts.append(keys[at])",
         "    raise",
-        f"  try: return cls({given}{', ' if given and optional else ''}{'**more' if optional else ''})",
+        f"  try: return cls({', '.join(given)})",
         "  except Exception as error: failed(error)",
     ]
     keys = {field.name: field.key for field in fields}
@@ -349,7 +368,7 @@ def _decoder(cls: type, fields: list[Field], inner: list[Shape]) -> Callable[[An
 
     names = {f"decode_{n}": shape.decode for n, shape in enumerate(inner)}
     own = {"cls": cls, "keys": list(keys.values()), "missing": object(), "absent": absent, "failed": failed}
-    return _compiled("decode", lines, {**own, "wrong": shapes.wrong, "Mismatch": Mismatch, **names})
+    return _compiled("decode", lines, {**own, "wrong": shapes.wrong, "Mismatch": Mismatch, **names, **defaults})
 
 
 def _validated(error: Exception) -> str:
