@@ -1,5 +1,6 @@
 """How a failed attempt is put into words: bounded, storable, and never failing itself."""
 
+import re
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -61,3 +62,9 @@ def trace_of(error: BaseException, hide: Callable[[str], str] = _as_it_is) -> st
 def attempt_error(attempt: int, error: BaseException, hide: Callable[[str], str] = _as_it_is) -> AttemptError:
     """What is kept of *error*, which ended attempt number *attempt*."""
     return AttemptError(attempt, message_of(error, hide), trace_of(error, hide))
+
+
+def at(stack: str) -> str:
+    """The places of a formatted *stack* in one line, the innermost first."""
+    places = re.findall(r'^ *File "(.*)", line ([0-9]+), in (.*)$', stack, re.MULTILINE)
+    return ", from ".join(f"{path}:{line} {name}" for path, line, name in reversed(places[-6:]))

@@ -26,6 +26,8 @@ FLOORS: list[set[str]] = [
         "admission",
         "execute",
         "slots",
+        "eventloop",
+        "watch",
         "settle",
         "complete",
         "counters",

@@ -25,7 +25,7 @@ import os, time
 from datetime import timedelta
 from pathlib import Path
 from sqlalchemy import create_engine
-from sqla_river import Runner, Workers, slots
+from sqla_river import Runner, Workers, watch
 from tests.making import Count, Greet
 
 book = os.open("ledger", os.O_WRONLY | os.O_APPEND)
@@ -48,7 +48,7 @@ def work(job):
         time.sleep(600)
     say("end", job)
 
-slots.STUCK_AFTER = 0.1
+watch.STUCK_AFTER = 0.1
 
 @workers.register(Greet, timeout=timedelta(seconds=0.1))
 def greet(job):  # hangs

@@ -152,7 +152,7 @@ def test_a_job_that_logs_nothing_is_completed_on_the_lean_path(engine: Engine) -
 
 
 def test_the_log_of_a_handler_that_hangs_is_kept(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqla_river.slots.STUCK_AFTER", 0.05)
+    monkeypatch.setattr("sqla_river.watch.STUCK_AFTER", 0.05)
     with released() as release:
 
         def hangs(job: JobContext[Count]) -> None:

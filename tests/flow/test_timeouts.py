@@ -40,7 +40,7 @@ def engine(url: str) -> Iterator[Engine]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler may ignore its timeout for 0.2 s, not for 10."""
-    monkeypatch.setattr("sqla_river.slots.STUCK_AFTER", 0.2)
+    monkeypatch.setattr("sqla_river.watch.STUCK_AFTER", 0.2)
 
 
 def _waits(release: threading.Event, _: JobContext[Any]) -> None:
@@ -205,11 +205,11 @@ HANGING: Final = """
 import logging, sys, threading
 from datetime import timedelta
 from sqlalchemy import create_engine
-from sqla_river import Exponential, Runner, Workers, slots
+from sqla_river import Exponential, Runner, Workers, watch
 from tests.making import Count
 
 logging.basicConfig(level=logging.INFO)
-slots.STUCK_AFTER = 0.2
+watch.STUCK_AFTER = 0.2
 workers = Workers()
 
 @workers.register(Count, timeout=timedelta(seconds=0.1), retry=Exponential(timedelta(hours=1)))
