@@ -4,8 +4,24 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from operator import attrgetter
+from typing import Final
 
 from sqla_river.rows import JobRow
+
+_queue_of: Final = attrgetter("queue")
+_order_of: Final = attrgetter("priority", "due", "id")
+
+
+def _by_queue(rows: Sequence[JobRow]) -> dict[str, Sequence[JobRow]]:
+    """*rows* in groups, in their order. Most runners work one queue, and a loop over all costs as much as the rest."""
+    queues = set(map(_queue_of, rows))
+    if len(queues) == 1:
+        return {queues.pop(): rows}
+    groups: dict[str, list[JobRow]] = {queue: [] for queue in queues}
+    for row in rows:
+        groups[row.queue].append(row)
+    return dict[str, Sequence[JobRow]](groups)
 
 
 class Admission:
@@ -28,15 +44,17 @@ class Admission:
     def admit(self, rows: Sequence[JobRow]) -> list[JobRow]:
         """Those of *rows* that begin now. The others wait, in their order, behind what waits already."""
         begin: list[JobRow] = []
+        groups = _by_queue(rows)
         with self._lock:
-            for row in rows:
-                queue = row.queue
-                if self._running.get(queue, 0) < self._slots.get(queue, 0):
-                    self._running[queue] += 1
-                    begin.append(row)
-                else:
-                    self._waiting[queue].append(row)
+            for queue, own in groups.items():
+                free = max(self._slots.get(queue, 0) - self._running[queue], 0)
+                first = own[:free]
+                self._running[queue] += len(first)
+                self._waiting[queue].extend(own[free:])
+                begin += first
             self.passed += len(begin)
+        if len(groups) > 1:
+            begin.sort(key=_order_of)
         return begin
 
     def leave(self, queue: str) -> JobRow | None:

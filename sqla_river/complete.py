@@ -8,8 +8,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 from operator import attrgetter
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -40,6 +41,13 @@ running.
 _JUST_COMPLETED: Final = completed()
 
 
+class Written(NamedTuple):
+    """Results that were written, and the state that each came to."""
+
+    results: list[Result]
+    states: list[JobState]
+
+
 class Again(NamedTuple):
     """Results whose rows somebody else has locked, or that PostgreSQL refused: tried again at *at*, in a batch of
     their own.
@@ -56,6 +64,7 @@ class Completer:
     Args:
         own: its connection.
         wake: lets the next step begin.
+        completed: told of the jobs of a batch that just completed, where nobody wants to know more.
         written: told of the results that a batch changed, and of the state each came to.
         relieved: called when the backlog is short again.
     """
@@ -65,15 +74,17 @@ class Completer:
         own: OwnConnection,
         *,
         wake: Callable[[], None],
-        written: Callable[[Sequence[tuple[Result, JobState]]], None],
+        completed: Callable[[Sequence[JobRow]], None],
+        written: Callable[[Sequence[Result], Sequence[JobState]], None],
         relieved: Callable[[], None],
     ) -> None:
         self._own = own
         self._wake = wake
+        self._completed = completed
         self._written = written
         self._relieved = relieved
-        self._results: deque[Result] = deque()
-        self._taken: list[Result] = []
+        self._results: deque[Result | JobRow] = deque()
+        self._taken: list[Result | JobRow] = []
         self._again: list[Again] = []
         self._progress: dict[JobRow, JobContext[Any]] = {}
         self._noted_at = 0.0
@@ -82,8 +93,10 @@ class Completer:
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
-    def put(self, result: Result) -> None:
-        """Take *result*; written soon. Constant time, no lock."""
+    def put(self, result: Result | JobRow) -> None:
+        """Take *result*; written soon. The bare row is that of a job that just completed: most are, and one object less
+        for each is 1 us less, most of it the garbage collector's. Constant time, no lock.
+        """
         self._results.append(result)
         if self._idle:
             self._wake()
@@ -174,52 +187,70 @@ class Completer:
                 self._again += [again, *due]
                 raise
 
-    def _write(self, results: list[Result], pause: float) -> None:
-        """Write *results*; those whose rows somebody has locked are put aside for *pause* seconds.
+    def _write(self, ended: Sequence[Result | JobRow], pause: float) -> None:
+        """Write what has *ended*; what somebody has locked is put aside for *pause* seconds.
 
         Raises:
-            Exception: the database is away; nothing of *results* is forgotten, and writing it again changes nothing
-                twice.
+            Exception: the database is away; nothing of it is forgotten, and writing it again changes nothing twice.
         """
-        plain: list[Result] = []
-        others: list[Result] = []
-        written: list[tuple[Result, JobState]] = []
+        written = Written([], [])
+        rows = [each for each in ended if type(each) is JobRow]
+        results = [] if len(rows) == len(ended) else [each for each in ended if isinstance(each, Result)]
+        heard, others = list[Result](), list[Result]()
         for result in results:
             if result.settled is not None:
-                written.append((result, result.settled))
+                written.results.append(result)
+                written.states.append(result.settled)
             else:
-                (plain if result.transition is _JUST_COMPLETED else others).append(result)
-        for batch, write in ((plain, self._complete), (others, self._settle)):
-            if batch:
-                batch.sort(key=_id_of)
-                written += self._write_batch(batch, write, pause)
-        if written:
-            self._written(written)
+                (heard if result.transition is _JUST_COMPLETED else others).append(result)
+        if self._complete([*rows, *(result.job for result in heard)] if heard else rows):
+            written.results.extend(heard)
+            written.states.extend([JobState.COMPLETED] * len(heard))
+        else:
+            others += [*heard, *(Result(row, _JUST_COMPLETED) for row in rows)]
+            rows = []
+        if others:
+            others.sort(key=_id_of_job)
+            self._write_batch(others, pause, written)
+        if rows:
+            self._completed(rows)
+        if written.results:
+            self._written(written.results, written.states)
 
-    def _write_batch(
-        self, batch: list[Result], write: Callable[[list[Result]], Sequence[JobState | None]], pause: float
-    ) -> list[tuple[Result, JobState]]:
+    def _complete(self, rows: Sequence[JobRow]) -> bool:
+        """Write that *rows* just completed; False if that cannot be said of each of them: then the general way goes
+        over all of them, and sorts them.
+        """
+        if not rows:
+            return True
+        given = complete_parameters([(row.id, row.token) for row in rows])
         try:
-            came_to = write(batch)
+            return self._own.execute(COMPLETE_JOBS, given).rowcount == len(rows)
+        except Exception as error:
+            if _away(error):
+                raise
+            return False
+
+    def _write_batch(self, batch: list[Result], pause: float, written: Written) -> None:
+        try:
+            came_to = self._settle(batch)
         except Exception as error:
             if _away(error):
                 raise
             if len(batch) > 1:  # one of them is bad: halve until it stands alone
                 middle = len(batch) // 2
-                return self._write_batch(batch[:middle], write, pause) + self._write_batch(batch[middle:], write, pause)
-            self._refused(batch[0], error, pause)
-            return []
-        pairs = zip(batch, came_to, strict=True)
+                self._write_batch(batch[:middle], pause, written)
+                self._write_batch(batch[middle:], pause, written)
+            else:
+                self._refused(batch[0], error, pause)
+            return
         if None in came_to:
-            written, missing = list[tuple[Result, JobState]](), list[Result]()
-            for result, state in pairs:
-                if state is None:
-                    missing.append(result)
-                else:
-                    written.append((result, state))
+            missing = [result for result, state in zip(batch, came_to, strict=True) if state is None]
             found = self._look_after(missing, pause)
-            return written + [(result, found[result.job.id]) for result in missing if result.job.id in found]
-        return cast("list[tuple[Result, JobState]]", list(pairs))
+            came_to = [state or found.get(result.job.id) for result, state in zip(batch, came_to, strict=True)]
+            batch = [result for result, state in zip(batch, came_to, strict=True) if state is not None]
+        written.results.extend(batch)
+        written.states.extend(filter(None, came_to))
 
     def _refused(self, result: Result, error: Exception, pause: float) -> None:
         """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
@@ -239,22 +270,20 @@ class Completer:
         """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no
         longer ours.
         """
-        rows = self._own.execute(SELECT_HELD, {"p_ids": _ids(missing), "p_tokens": _tokens(missing)}).all()
+        jobs = [result.job for result in missing]
+        given = {"p_ids": [job.id for job in jobs], "p_tokens": [job.token for job in jobs]}
+        rows = self._own.execute(SELECT_HELD, given).all()
         states = {row.id: JobState(row.state) for row in rows}
         held = [result for result in missing if states.get(result.job.id) == JobState.RUNNING]
         if held:
             self._again.append(Again(time.monotonic() + pause, pause, held))
-        stale = [result for result in missing if result.job.id not in states]
+        stale = [job for job in jobs if job.id not in states]
         if stale:
             self.stale += len(stale)
-            log.warning("%d outcomes came too late and changed nothing: jobs %s", len(stale), _ids(stale)[:20])
+            log.warning(
+                "%d outcomes came too late and changed nothing: jobs %s", len(stale), [job.id for job in stale[:20]]
+            )
         return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
-
-    def _complete(self, batch: list[Result]) -> Sequence[JobState | None]:
-        """What each came to; all or none: which rows were written is asked only where some were left out."""
-        given = {"p_ids": _ids(batch), "p_tokens": _tokens(batch)}
-        written = self._own.execute(COMPLETE_JOBS, given).rowcount == len(batch)
-        return [JobState.COMPLETED if written else None] * len(batch)
 
     def _settle(self, batch: list[Result]) -> Sequence[JobState | None]:
         """What each came to; None for those that were left out."""
@@ -267,6 +296,18 @@ class Completer:
         if given_back:
             self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": given_back})
         return [states.get(result.job.id) for result in batch]
+
+
+def complete_parameters(jobs: Sequence[tuple[int, str]]) -> dict[str, Sequence[Any]]:
+    """The parameters of COMPLETE_JOBS for (id, token): the ids in order, each with the place of its token."""
+    jobs = sorted(jobs)
+    tokens = [token for _, token in jobs]
+    places = dict(zip(dict.fromkeys(tokens), count(1)))
+    return {
+        "p_ids": [job_id for job_id, _ in jobs],
+        "p_tokens": list(places),
+        "p_places": list(map(places.__getitem__, tokens)),
+    }
 
 
 def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[str, list[Any]]:
@@ -284,15 +325,7 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
     }
 
 
-_id_of: Final = attrgetter("job.id")
-
-
-def _ids(results: Sequence[Result]) -> list[int]:
-    return [result.job.id for result in results]
-
-
-def _tokens(results: Sequence[Result]) -> list[str]:
-    return [result.job.token for result in results]
+_id_of_job: Final = attrgetter("job.id")
 
 
 _AWAY: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "F0", "XX"})

@@ -90,7 +90,6 @@ class JobContext(Generic[A_co]):
         attempt: this attempt, counted from 1.
         deadline: when its timeout is over (monotonic seconds); infinite without one.
         timed_out: whether it was told so.
-        interrupt: ends an async handler; None for a plain one.
         progressed: the last progress, as JSON text.
         tell: called after each progress.
         error: None while the handler runs; for a ``retry`` callable the exception that ended this attempt.
@@ -102,7 +101,6 @@ class JobContext(Generic[A_co]):
     timed_out: bool = False
     progressed: str | None = None
     tell: "Callable[[JobContext[Any]], object] | None" = None
-    interrupt: Callable[[], object] | None = None
     error: BaseException | None = None
     logs_since: float | None = None
     _cancelled: Cancelled | None = None
@@ -208,6 +206,9 @@ class JobContext(Generic[A_co]):
                     self._cancelled.set()
             return self._cancelled
 
+    def interrupt(self) -> None:
+        """End an async handler where it awaits; nothing can do that to a plain one."""
+
     def __repr__(self) -> str:
         return f"<job {self.id} {one_line(self.kind)} attempt {self.attempt}>"
 
@@ -223,10 +224,9 @@ def cancel_context(job: JobContext[Any], reason: CancelReason) -> None:
             if job._cancelled is not None:
                 job._cancelled.reason = reason
                 job._cancelled.set()
-        interrupt = job.interrupt
-    if news and interrupt is not None:
+    if news:
         with suppress(RuntimeError):  # its event loop is closed
-            interrupt()
+            job.interrupt()
 
 
 def cancel_reason(job: JobContext[Any]) -> CancelReason | None:
@@ -240,4 +240,4 @@ def staged_metadata(job: JobContext[Any]) -> str | None:
         text = job._log.kept()
         if text is not None:
             job.metadata.add_log(job.attempt, text)
-    return job._metadata.staged if job._metadata is not None else None
+    return None if job._metadata is None else job._metadata.staged

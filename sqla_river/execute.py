@@ -5,13 +5,13 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from datetime import timedelta
-from types import TracebackType
+from types import CoroutineType, TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
 from sqla_river.args import Codec
 from sqla_river.context import JobContext, cancel_context, staged_metadata
-from sqla_river.hooks import WORK_EVERYWHERE, Around, WorkMiddleware
+from sqla_river.hooks import WORK_EVERYWHERE, Around, Audience, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
 from sqla_river.logs import Log, of_job, one_line
 from sqla_river.rows import JobRow, Result
@@ -20,7 +20,12 @@ from sqla_river.workers import Worker, Workers
 
 log: Final = Log(__name__)
 
+_COMPLETED: Final = states.completed()
 _NOTHING: Final = nullcontext()
+_AWAITED: Final = (CoroutineType, Awaitable)
+"""The first is known at a glance."""
+_result: Final[Callable[[type[Result], tuple[Any, ...]], Result]] = cast("Any", tuple).__new__
+"""Without the detour of a NamedTuple's own: half the time."""
 
 
 class Unit(Protocol):
@@ -56,6 +61,7 @@ class Executor:
         middleware: around every call, the first outermost.
         around: entered before all else of an attempt, its session too, and left when it is settled.
         keep_logs: for workers that do not say whether what ``job.log`` says is kept with the job.
+        audience: where it is empty, no Result is made of a job that just completed; without one always.
     """
 
     def __init__(
@@ -71,17 +77,19 @@ class Executor:
         middleware: Sequence[WorkMiddleware] = (),
         around: Around | None = None,
         keep_logs: bool = False,
+        audience: Audience | None = None,
     ) -> None:
         self._workers = workers
         self._codec = codec
         self.judge: Final = judge
-        self._timeout = timeout
+        self._seconds = None if timeout is None else timeout.total_seconds()
         self._watch = watch
         self._scope = scope
         self._progressed = progressed
         self._middleware = tuple(middleware)
         self._around: Around | None = None if around is None else lambda: _Surroundings(around())
         self._keep_logs = keep_logs
+        self._audience = audience
         self._interrupted = False
         self._cancelled: set[int] = set()
         self.running: dict[int, JobContext[Any]] = {}
@@ -102,15 +110,17 @@ class Executor:
 
     def is_async(self, kind: str) -> bool:
         """Whether jobs of *kind* belong on the event loop."""
-        worker = self._workers.get(kind)
-        return worker is not None and worker.is_async
+        return kind in self._workers.async_kinds
 
-    def execute(self, row: JobRow) -> Result:
-        """One attempt at *row*, in this thread. Never raises."""
+    def execute(self, row: JobRow) -> Result | None:
+        """One attempt at *row*, in this thread; None: it just completed, and nobody wants more. Never raises."""
         attempt = _Attempt(row)
         try:
-            with self._around() if self._around is not None else _NOTHING:
+            if self._around is None:
                 self._work(attempt)
+            else:
+                with self._around():
+                    self._work(attempt)
         except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
             if isinstance(error, self._scope.unknown):
                 attempt.settled = self._scope.resolve(row)
@@ -124,36 +134,37 @@ class Executor:
         if worker.transactional:
             with self._scope.open(attempt.row) as unit:
                 self._start(worker, attempt)
-                transition = self._wished(attempt, self._chain(worker)(attempt.job, unit.session))
+                transition = self._wished(attempt, self._chain(worker)(attempt, unit.session))
                 attempt.transition = transition
                 attempt.settled = unit.settle(unit.session, transition)
         else:
             self._start(worker, attempt)
-            attempt.transition = self._wished(attempt, self._chain(worker)(attempt.job))
+            attempt.transition = self._wished(attempt, self._chain(worker)(attempt))
 
-    async def execute_async(self, row: JobRow) -> Result:
-        """One attempt at *row*, in a task of its own on the running event loop. Never raises."""
-        attempt = _Attempt(row)
+    async def execute_async(self, row: JobRow) -> Result | None:
+        """The same in a task of its own on the running event loop."""
+        attempt = _AsyncAttempt(row)
         try:
             with self._around() if self._around is not None else _NOTHING:
                 worker = self._begin(attempt)
                 if attempt.transition is not None:
                     pass
                 elif worker.transactional:
-                    async with self._scope.open_async(row) as unit:
+                    async with self._scope.open_async(attempt.row) as unit:
                         transition = self._wished(attempt, await self._call_apart(worker, attempt, unit.session))
                         attempt.transition = transition
                         attempt.settled = await unit.session.run_sync(unit.settle, transition)
                 else:
-                    job = attempt.job
-                    interruption = job.interrupt = _Interruption(asyncio.current_task())
+                    attempt.task = asyncio.current_task()
                     try:
                         self._start(worker, attempt)
-                        outcome = self._chain(worker)(job)
-                        if isinstance(outcome, Awaitable):
+                        outcome = self._chain(worker)(attempt)
+                        if isinstance(outcome, _AWAITED):
                             outcome = await cast("Awaitable[object]", outcome)
                     finally:
-                        interruption.over()
+                        task, attempt.task = attempt.task, None
+                        if attempt.told and task is not None:
+                            _forget_cancels(task, attempt.told)
                     attempt.transition = self._wished(attempt, outcome)
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
@@ -177,38 +188,36 @@ class Executor:
                 AttemptError(row.attempt, "expired: it was fetched later than its expiry")
             )
         else:
-            attempt.job = job = JobContext(row, self._codec.decode(worker.args_type, row.args))
-            job.tell = self._progressed
+            attempt.args = self._codec.decode(worker.args_type, row.args)
+            attempt.decoded = True
+            attempt.tell = self._progressed
             if self._keep_logs if worker.keep_logs is None else worker.keep_logs:
-                job.logs_since = attempt.began
+                attempt.logs_since = attempt.began
         return worker
 
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:
         """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
-        job = attempt.job
         job_id = attempt.row.id
-        self.running[job_id] = job
+        self.running[job_id] = attempt
         if self._interrupted:
-            cancel_context(job, "stop")
+            cancel_context(attempt, "stop")
         elif job_id in self._cancelled:
-            cancel_context(job, "cancel")
-        timeout = worker.timeout or self._timeout
-        if timeout is not None:
-            self._watch(job, timeout.total_seconds())
+            cancel_context(attempt, "cancel")
+        seconds = worker.seconds or self._seconds
+        if seconds is not None:
+            self._watch(attempt, seconds)
 
-    async def _call_apart(self, worker: Worker, attempt: "_Attempt", *session: Any) -> object:
+    async def _call_apart(self, worker: Worker, attempt: "_AsyncAttempt", *session: Any) -> object:
         """Await the handler in a task of its own: whatever it does to that, what commits its work goes on."""
-        job = attempt.job
         loop = asyncio.get_running_loop()
-        task = loop.create_task(
-            _awaited(self._chain(worker), job, *session), name=f"job {job.id} ({one_line(job.kind)})"
-        )
-        job.interrupt = lambda: loop.call_soon_threadsafe(task.cancel)
+        name = f"job {attempt.id} ({one_line(attempt.kind)})"
+        task = loop.create_task(_awaited(self._chain(worker), attempt, *session), name=name)
+        attempt.task = task
         self._start(worker, attempt)
         try:
             outcome = await task
         finally:
-            job.interrupt = None
+            attempt.task = None
         if isinstance(outcome, _Exit):
             raise outcome.error
         return outcome
@@ -232,10 +241,10 @@ class Executor:
 
     def _wished(self, attempt: "_Attempt", outcome: object) -> Transition:
         """The row change for what a handler returned."""
-        metadata = staged_metadata(attempt.job)
+        metadata = staged_metadata(attempt)
         if outcome is None:
             return states.completed(metadata)
-        return wish(attempt.row.attempt, outcome, metadata, attempt.job.redact)
+        return wish(attempt.row.attempt, outcome, metadata, attempt.redact)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
         row = attempt.row
@@ -249,65 +258,63 @@ class Executor:
             attempt.error = error
             attempt.transition = self.judge.judge(attempt.worker, row, attempt.job_or_none, error)
 
-    def _end(self, attempt: "_Attempt") -> Result:
-        job = attempt.job_or_none
-        job_id = attempt.row.id
-        if job is not None and self.running.get(job_id) is job:  # a later attempt may stand there
-            del self.running[job_id]
+    def _end(self, attempt: "_Attempt") -> Result | None:
+        row = attempt.row
+        if self.running.get(row.id) is attempt:  # a later attempt may stand there
+            del self.running[row.id]
         if self._cancelled:
-            self._cancelled.discard(job_id)
+            self._cancelled.discard(row.id)
         assert attempt.transition is not None
+        audience = self._audience
+        if attempt.transition is _COMPLETED and attempt.settled is None and audience is not None and audience.empty:
+            return None
         seconds = time.monotonic() - attempt.began
-        return Result(attempt.row, attempt.transition, seconds, attempt.settled, attempt.error)
+        return _result(Result, (row, attempt.transition, seconds, attempt.settled, attempt.error))
 
 
-class _Attempt:
-    """What is known of one attempt while it runs. What most attempts leave as it is stands in the class."""
+class _Attempt(JobContext[Any]):
+    """What the runner knows of an attempt besides what its handler sees, which has no args until they are decoded. What
+    most attempts leave as it is stands in the class.
+    """
 
     worker: Worker | None = None
-    job_or_none: JobContext[Any] | None = None
+    decoded: bool = False
     transition: Transition | None = None
     settled: JobState | None = None
-    error: BaseException | None = None
 
     def __init__(self, row: JobRow) -> None:
         self.row = row
         self.began = time.monotonic()
 
     @property
-    def job(self) -> JobContext[Any]:
-        assert self.job_or_none is not None
-        return self.job_or_none
-
-    @job.setter
-    def job(self, job: JobContext[Any]) -> None:
-        self.job_or_none = job
+    def job_or_none(self) -> JobContext[Any] | None:
+        """What user code may see."""
+        return self if self.decoded else None
 
 
-class _Interruption:
-    """Cancels the task of an async handler, for as long as the handler runs: never what comes after it."""
+class _AsyncAttempt(_Attempt):
+    """The same of an async handler."""
 
-    __slots__ = ("_on", "_task", "_told")
+    task: "asyncio.Task[Any] | None" = None
+    """That of the handler, for as long as it runs: never of what comes after it."""
+    told: int = 0
+    """How often its task was cancelled."""
 
-    def __init__(self, task: "asyncio.Task[Any] | None") -> None:
-        assert task is not None
-        self._task = task
-        self._on = True
-        self._told = 0
-
-    def __call__(self) -> None:
+    def interrupt(self) -> None:
         """Let the handler have a CancelledError where it awaits. From any thread."""
-        self._task.get_loop().call_soon_threadsafe(self._cancel)
+        task = self.task
+        if task is not None:
+            task.get_loop().call_soon_threadsafe(self._cancel)
 
     def _cancel(self) -> None:
-        if self._on:
-            self._told += self._task.cancel()
+        if self.task is not None:
+            self.told += self.task.cancel()
 
-    def over(self) -> None:
-        """The handler has come to its end."""
-        self._on = False
-        for _ in range(self._told):
-            self._task.uncancel()
+
+def _forget_cancels(task: "asyncio.Task[Any]", times: int) -> None:
+    """The handler has come to its end: what it was told is no matter of what its task does next."""
+    for _ in range(times):
+        task.uncancel()
 
 
 class _Surroundings:

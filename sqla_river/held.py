@@ -3,18 +3,23 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 from sqla_river import states
 from sqla_river.admission import Admission
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
+from sqla_river.eventloop import EventLoop
 from sqla_river.execute import Executor
+from sqla_river.failure import at
 from sqla_river.logs import Log, of_job
 from sqla_river.rows import JobRow, Result
-from sqla_river.slots import EventLoop, Threads, at
+from sqla_river.slots import Threads
 
 log: Final = Log(__name__)
+
+_id_of: Final = attrgetter("id")
 
 
 class Held:
@@ -87,7 +92,7 @@ class Held:
                 self.give_back(unwanted)
                 rows = [row for row in rows if row.queue in self._slots]
             self._unfinished.update(zip(map(id, rows), rows, strict=True))
-            self._open.update((row.id, row) for row in rows)
+            self._open.update(zip(map(_id_of, rows), rows, strict=True))
             self._begin(self._admission.admit(rows))
 
     def _begin(self, rows: list[JobRow]) -> None:
@@ -99,44 +104,38 @@ class Held:
         if rows:
             self._threads.deliver(rows, self._admission.passed)
 
-    def _finished(self, result: Result) -> JobRow | None:
-        """A handler has come to its end; the job that begins in its place."""
-        if not self._hand_on(result):
-            self._given_up.discard(result.job)
+    def _finished(self, row: JobRow, result: Result | None) -> JobRow | None:
+        """The handler of *row* has come to its end; the job that begins in its place."""
+        if not self._hand_on(row, result):
+            self._given_up.discard(row)
             self._completer.stale += 1
-            log.warning(
-                "job %d came to its end after it was given up; that changes nothing",
-                result.job.id,
-                **of_job(result.job),
-            )
+            log.warning("job %d came to its end after it was given up; that changes nothing", row.id, **of_job(row))
             return None
-        queue = result.job.queue
-        following = self._admission.leave(queue)
-        self._freed(queue)
+        following = self._admission.leave(row.queue)
+        self._freed(row.queue)
         if self.stopping:
             self.changed.set()
         return following
 
-    def _finished_plain(self, result: Result) -> JobRow | None:
-        following = self._finished(result)
+    def _finished_plain(self, row: JobRow, result: Result | None) -> JobRow | None:
+        following = self._finished(row, result)
         if following is None or not self._executor.is_async(following.kind):
             return following
         self._event_loop.deliver([following])
         return None
 
-    def _finished_async(self, result: Result) -> JobRow | None:
-        following = self._finished(result)
+    def _finished_async(self, row: JobRow, result: Result | None) -> JobRow | None:
+        following = self._finished(row, result)
         if following is None or self._executor.is_async(following.kind):
             return following
         self._threads.deliver([following], self._admission.passed)
         return None
 
-    def _hand_on(self, result: Result) -> bool:
-        """Put *result* and let go of its job; False where that was done before, because it was given up."""
-        row = result.job
+    def _hand_on(self, row: JobRow, result: Result | None) -> bool:
+        """Put what came of *row*, and let go of it; False where that was done before, because it was given up."""
         if self._open.get(row.id) is not row or self._open.pop(row.id, None) is not row:
             return False
-        self._completer.put(result)  # first, or a stop might see neither
+        self._completer.put(result or row)  # first, or a stop might see neither
         self._unfinished.pop(id(row), None)
         return True
 
@@ -219,7 +218,7 @@ class Held:
         row = job.row
         stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
         self._given_up.add(row)
-        if not self._hand_on(Result(row, self._executor.judge.give_up(job, stack))):
+        if not self._hand_on(row, Result(row, self._executor.judge.give_up(job, stack))):
             self._given_up.discard(row)
             return
         log.error(

@@ -154,31 +154,31 @@ class Events:
     """The subscriptions of a Runner; they outlive its incarnations."""
 
     def __init__(self) -> None:
-        self._subscriptions: tuple[Subscription, ...] = ()
+        self.subscriptions: tuple[Subscription, ...] = ()
         self._lock = threading.Lock()
 
     @property
     def heard(self) -> bool:
         """Whether anybody listens."""
-        return bool(self._subscriptions or EVENTS_EVERYWHERE)
+        return bool(self.subscriptions or EVENTS_EVERYWHERE)
 
     def subscribe(self, kinds: Sequence[EventKind]) -> Subscription:
         subscription = Subscription(kinds, self._forget)
         with self._lock:
-            self._subscriptions = (*self._subscriptions, subscription)
+            self.subscriptions = (*self.subscriptions, subscription)
         return subscription
 
     def _forget(self, subscription: Subscription) -> None:
         with self._lock:
-            self._subscriptions = tuple(each for each in self._subscriptions if each is not subscription)
+            self.subscriptions = tuple(each for each in self.subscriptions if each is not subscription)
 
     def put(self, event: Event) -> None:
-        for subscription in self._subscriptions:
+        for subscription in self.subscriptions:
             subscription.put(event)
         for told in EVENTS_EVERYWHERE:
             told(event)
 
-    def results(self, written: Sequence[tuple[Result, JobState]]) -> None:
+    def results(self, written: Iterable[tuple[Result, JobState]]) -> None:
         for result, state in written:
             row = result.job
             kind = _BY_STATE[state]
@@ -212,20 +212,33 @@ class Meters:
     """The meters of a Runner; they outlive its incarnations."""
 
     def __init__(self) -> None:
-        self._meters: tuple[Meter, ...] = ()
+        self.meters: tuple[Meter, ...] = ()
 
     @property
     def attached(self) -> bool:
         """Whether there are any."""
-        return bool(self._meters)
+        return bool(self.meters)
 
     def attach(self, meter: Meter) -> None:
-        self._meters = (*self._meters, meter)
+        self.meters = (*self.meters, meter)
 
     def tell(self, what: Literal["fetched", "written", "rescued", "looked"], told: Any) -> None:
         """Tell all of them; next to nothing where there are none."""
-        for meter in self._meters:
+        for meter in self.meters:
             try:
                 getattr(meter, what)(told)
             except Exception as error:  # noqa: BLE001 - nor does one meter keep the next
                 log.warning("%s.%s() failed: %s", type(meter).__name__, what, message_of(error))
+
+
+class Audience:
+    """All who are told of each job that ends."""
+
+    def __init__(self, events: Events, meters: Meters) -> None:
+        self._events = events
+        self._meters = meters
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nobody."""
+        return not (self._events.subscriptions or self._meters.meters or EVENTS_EVERYWHERE)

@@ -11,7 +11,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from operator import attrgetter, itemgetter
+from itertools import repeat
+from operator import attrgetter
 from typing import Any, Final, cast
 
 from sqla_river import store
@@ -31,7 +32,7 @@ from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.heartbeat import Fleet, Heartbeat
 from sqla_river.held import Held
-from sqla_river.hooks import Event
+from sqla_river.hooks import Audience, Event
 from sqla_river.judge import Judge
 from sqla_river.listen import Listener
 from sqla_river.logs import Log
@@ -40,18 +41,17 @@ from sqla_river.models import declared_schema
 from sqla_river.orders import Orders
 from sqla_river.rows import JobRow, Result
 from sqla_river.settle import Scope
-from sqla_river.slots import Watch
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.stopping import FLUSH_TIMEOUT, Stop
 from sqla_river.store import OwnConnection
 from sqla_river.wait import finished_here
+from sqla_river.watch import Watch
 
 log: Final = Log(__name__)
 
 CONTROL: Final = "river_control"
 TOPICS: Final = ("river_insert", CONTROL)
-COMPLETED: Final = JobState.COMPLETED
-_first, _second, _queue_of = itemgetter(0), itemgetter(1), attrgetter("job.queue")
+_id_of, _queue_of, _queue_of_job = attrgetter("id"), attrgetter("queue"), attrgetter("job.queue")
 READY_TIMEOUT: Final = 10.0
 """Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
 
@@ -85,7 +85,8 @@ class Incarnation:
         # The same plan each time: to plan anew costs a tenth of a fetch of a hundred rows.
         fetch, heartbeat = own("fetch", plan_cache_mode="force_generic_plan"), own("heartbeat")
         # The same here. A plan that was made while the table was empty must not walk all of it, until the next ANALYZE.
-        complete = own("complete", plan_cache_mode="force_generic_plan", enable_nestloop="off", enable_mergejoin="off")
+        unwanted = dict.fromkeys(("enable_nestloop", "enable_mergejoin", "enable_bitmapscan"), "off")
+        complete = own("complete", plan_cache_mode="force_generic_plan", **unwanted)
         duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
         self._watch = Watch(lambda: self._watching.wake(), lambda job: self._held.stuck(job), lambda: self._held.look())
         self.executor = Executor(
@@ -101,22 +102,14 @@ class Incarnation:
             middleware=orders.middleware,
             around=orders.around,
             keep_logs=orders.keep_logs,
+            audience=Audience(orders.events, orders.meters),
         )
         self.completer: Completer = Completer(
             complete,
             wake=lambda: self._completing.wake(),
+            completed=self._completed,
             written=self._written,
             relieved=lambda: self._fetcher.relieved(),
-        )
-        self._held: Held = Held(
-            self.executor,
-            self.completer,
-            slots,
-            freed=lambda queue: self._fetcher.freed(queue),
-            returned=lambda queue: self._fetcher.returned(queue),
-            runner=self.id,
-            # Its connections are the loop's.
-            last=orders.async_engine.dispose if orders.async_engine is not None else None,
         )
         self._listener = (
             Listener(
@@ -131,12 +124,22 @@ class Incarnation:
             slots,
             kinds=lambda: orders.workers.kinds,
             deliver=self._fetched,
-            give_back=self._held.give_back_ahead,
+            give_back=lambda queue: self._held.give_back_ahead(queue),
             written=lambda: not self.completer.backlog,
             ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.hears,
             wake=lambda: self._fetching.wake(),
+        )
+        self._held: Held = Held(
+            self.executor,
+            self.completer,
+            slots,
+            freed=self._fetcher.freed,
+            returned=self._fetcher.returned,
+            runner=self.id,
+            # Its connections are the loop's.
+            last=orders.async_engine.dispose if orders.async_engine is not None else None,
         )
         self._counters = Counters(self.id)
         self._own_heart, self._own_complete, self._schema = heartbeat, complete, schema
@@ -183,18 +186,24 @@ class Incarnation:
             self._meters.tell("fetched", rows)
         self._held.deliver(rows)
 
-    def _written(self, written: Sequence[tuple[Result, JobState]]) -> None:
-        self._counters.add(zip(map(_queue_of, map(_first, written)), map(_second, written), strict=True))
-        self._meters.tell("written", written)
-        self.worked += len(written)
-        for result, state in written:
-            if state is not COMPLETED and state in (JobState.RETRYABLE, JobState.SCHEDULED):
+    def _completed(self, rows: Sequence[JobRow]) -> None:
+        self._counters.add(zip(map(_queue_of, rows), repeat(JobState.COMPLETED)))
+        self.worked += len(rows)
+        finished_here(map(_id_of, rows))
+
+    def _written(self, results: Sequence[Result], states: Sequence[JobState]) -> None:
+        self._counters.add(zip(map(_queue_of_job, results), states, strict=True))
+        self.worked += len(results)
+        if states.count(JobState.COMPLETED) < len(states):
+            for result, state in zip(results, states, strict=True):
                 delay = result.transition.delay
-                if delay is not None:
+                if delay is not None and state in (JobState.RETRYABLE, JobState.SCHEDULED):
                     self._fetcher.due.due_in(delay.total_seconds())
-        finished_here(result.job.id for result, state in written if state in FINALIZED)
+        finished_here(result.job.id for result, state in zip(results, states, strict=True) if state in FINALIZED)
+        if self._meters.attached:
+            self._meters.tell("written", list(zip(results, states, strict=True)))
         if self.events.heard:
-            self.events.results(written)
+            self.events.results(zip(results, states, strict=True))
 
     def _rescued(self, freed: Sequence[Any]) -> None:
         # Before the fetch that it is woken for.

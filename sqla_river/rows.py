@@ -100,7 +100,8 @@ class JobRow(NamedTuple):
     """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row
     fails alone.
 
-    `attempt` counts this attempt already. `token` is the fence: only its holder may change the outcome.
+    `attempt` counts this attempt already. `due` is ``scheduled_at`` in microseconds of the epoch. `token` is the fence:
+    only its holder may change the outcome.
     """
 
     id: int
@@ -109,6 +110,7 @@ class JobRow(NamedTuple):
     attempt: int
     max_attempts: int
     priority: int
+    due: int
     args: str
     metadata: str
     expired: bool | None

@@ -56,7 +56,7 @@ class Runner:
         workers: the handlers.
         queues: slots by queue: how many of its jobs run at once here. ``runner.queues`` changes them at work; see
             `Queues`. Of jobs that are over in no time more are fetched than there are slots: as many as those get
-            through in 30 ms, 2,000 at most; what has not begun when no slot comes free for 0.25 s goes back.
+            through in 50 ms, 3,000 at most; what has not begun when no slot comes free for 0.25 s goes back.
         river: the `River` whose jobs are worked; the one of the shipped `Job` unless said otherwise.
         sessions: the sessionmaker (or scoped_session) that transactional handlers get their Session from: its class,
             options and events; plain Sessions without it. An async_sessionmaker serves async handlers.

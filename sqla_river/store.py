@@ -4,9 +4,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, Executable, RootTransaction, Transaction, func, select
@@ -15,6 +15,8 @@ from sqlalchemy.exc import DBAPIError
 from sqla_river import statements
 from sqla_river.errors import WrongDatabaseError
 from sqla_river.states import Transition
+
+T = TypeVar("T")
 
 _now: WeakKeyDictionary[Transaction, tuple[datetime, float]] = WeakKeyDictionary()
 
@@ -207,12 +209,19 @@ class OwnConnection:
                 self.close()
             raise
 
-    def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        """Run one of our statements that returns rows of plain types, and give them as the driver does: a third of the
-        time of SQLAlchemy's rows.
+    def fetch(
+        self, statement: Executable, parameters: Mapping[str, Any], make: Callable[[Sequence[Any]], T]
+    ) -> list[T]:
+        """Run one of our statements that returns rows of plain types, and *make* something of each while the driver
+        reads it: a third of the time of SQLAlchemy's rows, and one object for the garbage collector.
         """
+
+        def row_factory(_cursor: object) -> Callable[[Sequence[Any]], T]:
+            return make
+
         result: Any = self.execute(statement, parameters)
-        rows: list[tuple[Any, ...]] = result.cursor.fetchall()
+        result.cursor.row_factory = row_factory
+        rows: list[T] = result.cursor.fetchall()
         result.close()
         return rows
 

@@ -45,6 +45,10 @@ class RegistersTransactional(Protocol[A]):
     def __call__(self, handler: Callable[[JobContext[A], AS], C], /) -> Callable[[JobContext[A], AS], C]: ...
 
 
+def _seconds(worker: "Worker") -> float | None:
+    return None if worker.timeout is None else worker.timeout.total_seconds()
+
+
 @attrs.frozen
 class Worker:
     """One handler, and how it is run. *timeout*, *retry* and *keep_logs* of None mean the runner's."""
@@ -57,6 +61,8 @@ class Worker:
     transactional: bool = False
     is_async: bool = False
     keep_logs: bool | None = None
+    seconds: float | None = attrs.field(init=False, default=attrs.Factory(_seconds, takes_self=True))
+    """The timeout."""
 
 
 class Workers:
@@ -77,6 +83,8 @@ class Workers:
 
     def __init__(self) -> None:
         self._by_kind: dict[str, Worker] = {}
+        self.async_kinds: set[str] = set()
+        """Those whose handler is async."""
 
     @overload
     def register(
@@ -162,6 +170,7 @@ class Workers:
                 name = getattr(known.handler, "__qualname__", known.handler)
                 raise RegistrationError(f"kind {worker.kind!r} has a worker already ({name}); one kind has one handler")
         self._by_kind.update({worker.kind: worker for worker in workers})
+        self.async_kinds.update(worker.kind for worker in workers if worker.is_async)
 
     def get(self, kind: str) -> Worker | None:
         """The worker of *kind*, or None."""

@@ -16,10 +16,12 @@ from sqlalchemy import Connection, Engine, Executable, RowMapping, create_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session
 
-from sqla_river import statements
+from sqla_river import statements, states
+from sqla_river.complete import Completer
 from sqla_river.context import JobContext
 from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
+from sqla_river.hooks import EVENT_KINDS
 from sqla_river.incarnation import Incarnation
 from sqla_river.rows import JobRow, Result
 from sqla_river.runner import Runner
@@ -237,8 +239,10 @@ def incarnation(workers: Workers) -> Incarnation:
 
 
 def make_executor(workers: Workers) -> Executor:
-    """An executor as a runner has it; nothing watches its timeouts."""
-    return incarnation(workers).executor
+    """An executor as a runner has it that somebody listens to; nothing watches its timeouts."""
+    stations = incarnation(workers)
+    stations.events.subscribe(EVENT_KINDS)
+    return stations.executor
 
 
 def own_settings(role: Literal["fetch", "complete"]) -> Mapping[str, str]:
@@ -268,9 +272,28 @@ def _row(values: Any, token: str) -> JobRow:
 def result(job_id: int, transition: Transition, token: str = "test/1", **columns: Any) -> Result:
     """What came of a job: its transition, and of its row what the completer looks at."""
     row: Any = dict.fromkeys(JobRow._fields)
-    row.update({"queue": "default", "kind": Count.kind, "attempt": 1, "max_attempts": 25, "priority": 1})
+    row.update({"queue": "default", "kind": Count.kind, "attempt": 1, "max_attempts": 25, "priority": 1, "due": 0})
     row.update({"id": job_id, "args": "{}", "metadata": "{}", "token": token, **columns})
     return Result(JobRow(**row), transition)
+
+
+def ended(job_id: int, transition: Transition | None) -> Result | JobRow:
+    """The same, as a completer takes it: with None of a job that just completed, of which nobody wants to know more."""
+    return result(job_id, states.completed()).job if transition is None else result(job_id, transition)
+
+
+def make_completer(own: OwnConnection, told: Callable[[int, JobState], object] = lambda _id, _state: None) -> Completer:
+    """A completer whose thread is the test; *told* of the id of each job that it wrote, and of what it came to."""
+
+    def completed(rows: Sequence[JobRow]) -> None:
+        for row in rows:
+            told(row.id, JobState.COMPLETED)
+
+    def written(results: Sequence[Result], states: Sequence[JobState]) -> None:
+        for result, state in zip(results, states, strict=True):
+            told(result.job.id, state)
+
+    return Completer(own, wake=lambda: None, completed=completed, written=written, relieved=lambda: None)
 
 
 def make_fetcher(own: OwnConnection, delivered: list[JobRow], **said: Any) -> Fetcher:

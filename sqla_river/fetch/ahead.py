@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-AHEAD: Final = 0.030
-"""Seconds of work to have waiting before the slots, by the rate of late. A fetch of 1,000 jobs takes 10 ms, and 100
-no-op jobs take less than one: fetched as the slots come free, they would be fetched a hundred at a time.
+AHEAD: Final = 0.050
+"""Seconds of work to have waiting before the slots, by the rate of late. A fetch of 1,000 jobs takes 10 to 20 ms where
+both cores are busy, and 100 no-op jobs take less than one: fetched as the slots come free, they would be fetched a
+hundred at a time. With 30 ms the slots ran dry in every other fetch.
 """
-MOST: Final = 2_000
-"""Jobs of a queue that wait at most: two fetches."""
+MOST: Final = 3_000
+"""Jobs of a queue that wait at most: three fetches."""
 WINDOW: Final = 0.010
 """Seconds over which a rate is taken."""
 LATE: Final = 0.250

@@ -41,7 +41,7 @@ IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
 _new: Final[Callable[[type[JobRow], tuple[Any, ...]], JobRow]] = cast("Any", tuple).__new__
-_id_of, _queue_of, _priority_of = attrgetter("id"), attrgetter("queue"), attrgetter("priority")
+_queue_of, _order_of = attrgetter("queue"), attrgetter("priority", "due", "id")
 
 
 class Fetcher:
@@ -249,14 +249,17 @@ class Fetcher:
         token = f"{self._runner_id}/{self._number}"
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
         given = {**asked, "p_token": token}
+        tail = (token,)
+
+        def row_of(values: Any) -> JobRow:
+            return _new(JobRow, values + tail)
+
         try:
-            fetched = self._own.fetch(statement, given)
+            rows = self._own.fetch(statement, given, row_of)
         except IntegrityError:
             # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
             self._own.execute(DISCARD_CONFLICTS)
-            fetched = self._own.fetch(statement, given)
-        tail = (token,)
-        rows = [_new(JobRow, row + tail) for row in fetched]
+            rows = self._own.fetch(statement, given, row_of)
         del self._lost[token]
         self._take(rows)
         return rows
@@ -285,8 +288,7 @@ class Fetcher:
 
     def _take(self, rows: list[JobRow]) -> None:
         # RETURNING comes in the order of the table.
-        rows.sort(key=_id_of)
-        rows.sort(key=_priority_of)
+        rows.sort(key=_order_of)
         for queue, count in Counter(map(_queue_of, rows)).items():
             self._busy[queue] += count
         self._deliver(rows)

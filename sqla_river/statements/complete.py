@@ -5,10 +5,12 @@ from typing import Any, Final
 from typing import cast as typed
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     ColumnElement,
     Integer,
     Interval,
+    SmallInteger,
     Text,
     and_,
     bindparam,
@@ -80,14 +82,27 @@ def _is_one_of(held: Any) -> ColumnElement[bool]:
     return and_(found, job.c.id + literal("0") == held.c.id)
 
 
-_mine: Final[Any] = _held_by(_done)
+_ids: Final = select(packed_ids("p_ids")).scalar_subquery()
+_tokens: Final = select(array_of("p_tokens", Text)).scalar_subquery()
+_places: Final = select(packed_ids("p_places", SmallInteger)).scalar_subquery()
+_token: Final[ColumnElement[Any]] = _tokens[_places[func.width_bucket(job.c.id, _ids)]]
+# Nobody has it locked: the last to lock it was the fetch that also wrote it.
+_unlocked: Final = literal("(river_job.xmax = '0' OR river_job.xmax = river_job.xmin)")
 
-# Caller: complete.py, the fast path: jobs that just completed. Index: river_job_pkey, then a Tid Scan. Locks: in the
-# order of p_ids, which are sorted; none waited for: a row that somebody's open transaction holds is left out and tried
-# again in a batch of its own. It returns how many: to return which costs 0.5 us a job, and SELECT_HELD tells.
+# Caller: complete.py, the fast path: jobs that just completed. p_ids are sorted; p_places says which of p_tokens is
+# that of each. All that is asked of a row stands in the UPDATE itself, which asks again where a row has changed since
+# its snapshot, and none is locked before it is written: a quarter less than SETTLE_JOBS costs. The parameters are
+# subqueries so that they are read once, not for each row. Index: river_job_pkey. Locks: in the order of the ids; a row
+# that somebody has locked, or had, is left out, and only one that is locked in the moment between is waited for. It
+# returns how many: to return which costs 0.5 us a job, and SETTLE_JOBS tells.
 COMPLETE_JOBS: Final = (
     update(job)
-    .where(CTID.op("=")(func.any(func.array(_mine.scalar_subquery()))), STATE_TEXT == RUNNING)
+    .where(
+        job.c.id == func.any(cast(_ids, ARRAY(BigInteger))),
+        STATE_TEXT == RUNNING,
+        _token == LAST_TOKEN,
+        _unlocked,
+    )
     .values(state=state("completed"), finalized_at=NOW)
 )
 
@@ -148,7 +163,9 @@ def _settled(given: Mapping[str, ColumnElement[Any]]) -> dict[str, Any]:
     }
 
 
-# Caller: complete.py for every other result. Index and locks as COMPLETE_JOBS.
+# Caller: complete.py for every other result, and for jobs that completed where not all of a batch could be written.
+# Index: river_job_pkey, then a Tid Scan. Locks: in the order of p_ids, which are sorted; none waited for: a row that
+# somebody's open transaction holds is left out, and tried again in a batch of its own.
 SETTLE_JOBS: Final = (
     update(job)
     .where(_is_one_of(_locked), STATE_TEXT == RUNNING)
@@ -185,7 +202,7 @@ _noted: Final = (
 )
 _noting: Final = _held_by(_noted, _noted.c.note).cte("noting")
 
-# Caller: complete.py, at most once a second, for the jobs that reported progress. Index and locks as COMPLETE_JOBS.
+# Caller: complete.py, at most once a second, for the jobs that reported progress. Index and locks as SETTLE_JOBS.
 NOTE_PROGRESS: Final = (
     update(job)
     .where(_is_one_of(_noting), STATE_TEXT == RUNNING)

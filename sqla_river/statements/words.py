@@ -104,9 +104,9 @@ class _Packed(TypeDecorator[Sequence[Any]]):
         return f"{{{quote}{f'{quote},{quote}'.join(map(str, value))}{quote}}}"
 
 
-def packed_ids(name: str) -> ColumnElement[Any]:
-    """A bind parameter of many ids, cheaper than `array_of`."""
-    return cast(bindparam(name, type_=_Packed("")), ARRAY(BigInteger))
+def packed_ids(name: str, item: Any = BigInteger) -> ColumnElement[Any]:
+    """A bind parameter of many ids, or other whole numbers, cheaper than `array_of`."""
+    return cast(bindparam(name, type_=_Packed("")), ARRAY(item))
 
 
 def packed_tokens(name: str) -> ColumnElement[Any]:

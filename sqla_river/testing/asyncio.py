@@ -90,7 +90,7 @@ async def work_one(
     if session is None:
         row = inline.loose_row(inserted, attempt)
         executor = stations.executor
-        result = (
+        result = inline.told(
             await asyncio.create_task(executor.execute_async(row))
             if executor.is_async(row.kind)
             else executor.execute(row)
@@ -110,7 +110,7 @@ async def _work(session: "AsyncSession", stations: Inline, row: JobRow) -> Worke
         result = await asyncio.create_task(stations.executor.execute_async(row))
     else:
         result = await session.run_sync(lambda _: stations.executor.execute(row))
-    return await session.run_sync(stations.complete, result)
+    return await session.run_sync(stations.complete, inline.told(result))
 
 
 def _refresh(session: Session) -> None:

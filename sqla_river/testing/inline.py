@@ -236,8 +236,14 @@ class Inline:
     def execute(self, row: JobRow) -> Result:
         """One attempt at *row*, whose handler may be ``async``."""
         if self.executor.is_async(row.kind):
-            return run(lambda: self.executor.execute_async(row))
-        return self.executor.execute(row)
+            return told(run(lambda: self.executor.execute_async(row)))
+        return told(self.executor.execute(row))
+
+
+def told(result: Result | None) -> Result:
+    """*result*, which an executor without an audience always makes."""
+    assert result is not None
+    return result
 
 
 def run(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -254,7 +260,7 @@ def loose_row(row: InsertRow, attempt: int) -> JobRow:
     """*row* as a fetch would bring it, without a database."""
     metadata = json_text("metadata", dict(row.metadata))
     args = row.args.decode()
-    return JobRow(1, row.queue, row.kind, attempt, row.max_attempts, row.priority, args, metadata, None, "test/1")
+    return JobRow(1, row.queue, row.kind, attempt, row.max_attempts, row.priority, 0, args, metadata, None, "test/1")
 
 
 def check_limit(limit: int, worked: list[Worked]) -> None:

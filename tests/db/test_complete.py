@@ -12,9 +12,9 @@ from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.exc import OperationalError
 
 from sqla_river import states
-from sqla_river.complete import LARGEST_BACKLOG, LARGEST_BATCH, Completer, settle_parameters
+from sqla_river.complete import LARGEST_BACKLOG, LARGEST_BATCH, Completer, complete_parameters, settle_parameters
 from sqla_river.context import JobContext
-from sqla_river.rows import Result
+from sqla_river.rows import JobRow, Result
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState
 from sqla_river.store import OwnConnection
@@ -24,6 +24,7 @@ from tests.making import (
     Plan,
     count_statements,
     count_states,
+    ended,
     eventually,
     explain,
     fetch,
@@ -47,13 +48,18 @@ class _Told:
         self.written: list[tuple[int, JobState]] = []
         self.woken = 0
         self.relieved = 0
-        self.completer = Completer(own, wake=self._wake, written=self._write, relieved=self._relieve)
+        self.completer = Completer(
+            own, wake=self._wake, completed=self._complete, written=self._write, relieved=self._relieve
+        )
 
     def _wake(self) -> None:
         self.woken += 1
 
-    def _write(self, written: Sequence[tuple[Result, JobState]]) -> None:
-        self.written += [(each.job.id, state) for each, state in written]
+    def _complete(self, rows: Sequence[JobRow]) -> None:
+        self.written += [(each.id, JobState.COMPLETED) for each in rows]
+
+    def _write(self, results: Sequence[Result], states: Sequence[JobState]) -> None:
+        self.written += [(each.job.id, state) for each, state in zip(results, states, strict=True)]
 
     def _relieve(self) -> None:
         self.relieved += 1
@@ -132,10 +138,12 @@ def test_a_step_with_nothing_to_do_asks_nothing(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    "transition", [states.completed(), states.errored(ERROR, SECOND)], ids=["completed", "errored"]
+    "transition",
+    [None, states.completed(), states.errored(ERROR, SECOND)],
+    ids=["just completed", "completed", "errored"],
 )
 def test_a_row_locked_by_an_open_transaction_delays_that_job_alone(
-    engine: Engine, transition: states.Transition
+    engine: Engine, transition: states.Transition | None
 ) -> None:
     locked, *free = make_jobs(engine, 50, state=JobState.RUNNING)
 
@@ -144,7 +152,7 @@ def test_a_row_locked_by_an_open_transaction_delays_that_job_alone(
         with engine.begin() as theirs:
             theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {locked} FOR UPDATE")
             for job_id in (locked, *free):
-                told.completer.put(result(job_id, transition))
+                told.completer.put(ended(job_id, transition))
             pause = told.completer.step()
             while_locked = {job_id for job_id, _ in told.written}, told.completer.backlog, told.completer.stale
             told.completer.step()
@@ -152,7 +160,7 @@ def test_a_row_locked_by_an_open_transaction_delays_that_job_alone(
 
     assert while_locked == (set(free), 1, 0)
     assert 0 < pause <= 0.1
-    assert read_job(engine, locked)["state"] == transition.state
+    assert read_job(engine, locked)["state"] == (transition or states.completed()).state
     assert told.completer.stale == 0
 
 
@@ -171,6 +179,65 @@ def test_what_is_put_while_a_row_is_locked_is_written_at_once(engine: Engine) ->
         assert told.completer.ready
 
 
+@pytest.mark.parametrize(
+    ("change", "state"),
+    [
+        ("attempted_by = ARRAY['test/1', 'thief/1']", "running"),
+        ("state = 'cancelled', finalized_at = now()", "cancelled"),
+        ("metadata = '{\"cancel_attempted_at\": 1}'", "completed"),
+    ],
+    ids=["stolen", "ended", "marked"],
+)
+def test_a_row_that_changes_while_its_batch_is_being_written_is_judged_as_it_is_then(
+    engine: Engine, change: str, state: str
+) -> None:
+    first, second = make_jobs(engine, 2, state=JobState.RUNNING)
+    with engine.begin() as connection:  # the first row is written for as long as this lock is held
+        connection.exec_driver_sql(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF old.id = {first} THEN PERFORM pg_advisory_xact_lock(4711); END IF; RETURN new; END $$"
+        )
+        connection.exec_driver_sql(
+            "CREATE TRIGGER wait BEFORE UPDATE ON river_job FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+
+    with opened(engine) as own, engine.connect() as theirs:
+        told = _Told(own)
+        theirs.exec_driver_sql("SELECT pg_advisory_lock(4711)")
+        for job_id in (first, second):
+            told.completer.put(ended(job_id, None))
+        writing = threading.Thread(target=told.completer.step)
+        writing.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        eventually(lambda: theirs.exec_driver_sql(waiting).scalar_one() == 1, what="the completer")
+        theirs.exec_driver_sql(f"UPDATE river_job SET {change} WHERE id = {second}")
+        theirs.commit()
+        theirs.exec_driver_sql("SELECT pg_advisory_unlock(4711)")
+        theirs.commit()
+        writing.join(30)
+
+    assert read_job(engine, first)["state"] == "completed"
+    assert read_job(engine, second)["state"] == state
+    assert told.completer.stale == (state == "running")
+    assert told.completer.backlog == 0
+
+
+def test_a_row_that_somebody_had_locked_is_written_at_once(engine: Engine) -> None:
+    """Its lock can be seen for as long as the row is not written again, though it is none any more."""
+    jobs = make_jobs(engine, 3, state=JobState.RUNNING)
+    with engine.begin() as theirs:
+        theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {jobs[1]} FOR KEY SHARE")
+
+    with opened(engine) as own:
+        told = _Told(own)
+        for job_id in jobs:
+            told.completer.put(ended(job_id, None))
+        told.completer.step()
+
+    assert sorted(told.written) == [(job_id, JobState.COMPLETED) for job_id in jobs]
+    assert (told.completer.backlog, told.completer.stale) == (0, 0)
+
+
 def test_two_writers_of_the_same_rows_never_deadlock(engine: Engine) -> None:
     jobs = make_jobs(engine, 300, state=JobState.RUNNING)
     failures: list[BaseException] = []
@@ -179,7 +246,7 @@ def test_two_writers_of_the_same_rows_never_deadlock(engine: Engine) -> None:
         try:
             with opened(engine) as own:
                 for _ in range(10):
-                    own.execute(COMPLETE_JOBS, {"p_ids": ids, "p_tokens": ["test/1"] * len(ids)})
+                    own.execute(COMPLETE_JOBS, complete_parameters([(each, "test/1") for each in ids]))
                     own.execute(
                         SETTLE_JOBS, settle_parameters([(each, "test/1", states.interrupted()) for each in ids])
                     )
@@ -211,17 +278,21 @@ def _trap(engine: Engine, job_id: int, code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "transition", [states.completed(), states.errored(ERROR, SECOND)], ids=["completed", "errored"]
+    "transition",
+    [None, states.completed(), states.errored(ERROR, SECOND)],
+    ids=["just completed", "completed", "errored"],
 )
 @pytest.mark.parametrize("code", ["22P02", "23514", "42501", "P0001", "54000", "0A000", "21000"])
-def test_a_result_that_postgresql_refuses_fails_alone(engine: Engine, transition: states.Transition, code: str) -> None:
+def test_a_result_that_postgresql_refuses_fails_alone(
+    engine: Engine, transition: states.Transition | None, code: str
+) -> None:
     jobs = make_jobs(engine, 30, state=JobState.RUNNING)
     _trap(engine, jobs[11], code)
 
     with opened(engine) as own:
         told = _Told(own)
         for job_id in jobs:
-            told.completer.put(result(job_id, transition))
+            told.completer.put(ended(job_id, transition))
         told.completer.step()
 
     assert {job_id for job_id, _ in told.written} == set(jobs) - {jobs[11]}
@@ -290,7 +361,7 @@ def test_metadata_that_cannot_be_stored_fails_its_own_job_only(
     with opened(engine) as own:
         told = _Told(own)
         for row in fetch(own):
-            told.completer.put(executor.execute(row))
+            told.completer.put(executor.execute(row) or row)
         for _ in range(5):
             told.completer.step()
 
@@ -322,6 +393,7 @@ class _LossyConnection(OwnConnection):
 
 
 MIXED: Final = (
+    None,
     states.completed(),
     states.completed('{"seen": 1}'),
     states.errored(ERROR, SECOND),
@@ -340,7 +412,7 @@ def test_a_lost_connection_loses_no_result_and_writes_none_twice(engine: Engine,
     own.lose, own.before = lose, before
     told = _Told(own)
     for number, job_id in enumerate(jobs):
-        told.completer.put(result(job_id, MIXED[number % len(MIXED)]))
+        told.completer.put(ended(job_id, MIXED[number % len(MIXED)]))
 
     for _ in range(lose):
         with pytest.raises(OperationalError):
@@ -352,7 +424,7 @@ def test_a_lost_connection_loses_no_result_and_writes_none_twice(engine: Engine,
     assert told.completer.stale == 0
     assert sorted(job_id for job_id, _ in told.written) == jobs
     for number, job_id in enumerate(jobs):
-        transition, row = MIXED[number % len(MIXED)], read_job(engine, job_id)
+        transition, row = MIXED[number % len(MIXED)] or states.completed(), read_job(engine, job_id)
         assert row["state"] == transition.state
         assert row["attempt"] == 3 - transition.attempt_back
         assert len(row["all_errors"] or []) == (transition.error is not None)
@@ -414,10 +486,11 @@ def test_jobs_given_back_are_announced(engine: Engine) -> None:
 
 PlanMode = Literal["generic", "custom"]
 SETTINGS: Final = {name: value for name, value in own_settings("complete").items() if name != "plan_cache_mode"}
+SETTLED: Final = [transition for transition in MIXED if transition is not None]
 IDS: Final = list(range(1_000_020, 1_002_001, 20))
 STATEMENTS: Final[dict[str, tuple[Executable, dict[str, Any]]]] = {
-    "COMPLETE_JOBS": (COMPLETE_JOBS, {"p_ids": IDS, "p_tokens": ["test/1"] * len(IDS)}),
-    "SETTLE_JOBS": (SETTLE_JOBS, settle_parameters([(each, "test/1", MIXED[each % len(MIXED)]) for each in IDS])),
+    "COMPLETE_JOBS": (COMPLETE_JOBS, complete_parameters([(each, "test/1") for each in IDS])),
+    "SETTLE_JOBS": (SETTLE_JOBS, settle_parameters([(each, "test/1", SETTLED[each % len(SETTLED)]) for each in IDS])),
     "NOTE_PROGRESS": (
         NOTE_PROGRESS,
         {"p_ids": IDS, "p_tokens": ["test/1"] * len(IDS), "p_notes": ["{}"] * len(IDS)},

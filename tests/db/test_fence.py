@@ -1,23 +1,24 @@
 """The fence: who no longer holds a job changes nothing of it."""
 
-from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from sqlalchemy import Engine
 
 from sqla_river import failure, states
-from sqla_river.complete import Completer, settle_parameters
-from sqla_river.rows import Result
+from sqla_river.complete import complete_parameters, settle_parameters
+from sqla_river.rows import JobRow, Result
 from sqla_river.statements import COMPLETE_JOBS, SELECT_HELD, SELECT_LOST, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.store import OwnConnection
-from tests.making import fetch, make_job, make_jobs, opened, read_job, result, text_of
+from tests.making import ended, fetch, make_completer, make_job, make_jobs, opened, read_job, text_of
 
 ERROR: Final = AttemptError(1, "ValueError: no", "")
 SEEN: Final = '{"seen": 1}'
+JUST_COMPLETED: Final = "just completed"
 OUTCOMES: Final = {
+    JUST_COMPLETED: states.completed(),
     "completed": states.completed(),
     "completed with metadata": states.completed(SEEN),
     "errored": states.errored(ERROR, timedelta(seconds=1), SEEN),
@@ -31,12 +32,12 @@ OUTCOMES: Final = {
 def _write(own: OwnConnection, job_id: int, token: str, transition: Transition) -> int:
     """How many rows that changed."""
     if transition == states.completed():
-        return own.execute(COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [token]}).rowcount
+        return own.execute(COMPLETE_JOBS, complete_parameters([(job_id, token)])).rowcount
     return own.execute(SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).rowcount
 
 
-def _completer(own: OwnConnection, written: Callable[[Any], None] = lambda _: None) -> Completer:
-    return Completer(own, wake=lambda: None, written=written, relieved=lambda: None)
+def _ended(job_id: int, outcome: str) -> Result | JobRow:
+    return ended(job_id, None if outcome == JUST_COMPLETED else OUTCOMES[outcome])
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
@@ -85,12 +86,12 @@ def test_a_stale_outcome_is_counted_and_forgotten(engine: Engine, outcome: str) 
     deleted = stolen + 1_000
     done = make_job(engine, state=JobState.COMPLETED, attempted_by=["test/1", "thief/1"])
     was = text_of(engine, stolen), text_of(engine, done)
-    told: list[Any] = []
+    told: list[tuple[int, JobState]] = []
 
     with opened(engine) as own:
-        completer = _completer(own, told.extend)
+        completer = make_completer(own, lambda job_id, state: told.append((job_id, state)))
         for job_id in (stolen, deleted, done):
-            completer.put(result(job_id, OUTCOMES[outcome]))
+            completer.put(_ended(job_id, outcome))
         completer.step()
 
     assert completer.stale == 3
@@ -102,26 +103,26 @@ def test_a_stale_outcome_is_counted_and_forgotten(engine: Engine, outcome: str) 
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_an_outcome_whose_reply_was_lost_is_neither_written_twice_nor_stale(engine: Engine, outcome: str) -> None:
     job_id = make_job(engine, state=JobState.RUNNING)
-    told: list[tuple[Result, JobState]] = []
+    told: list[tuple[int, JobState]] = []
 
     with opened(engine) as own:
-        completer = _completer(own, told.extend)
+        completer = make_completer(own, lambda job_id, state: told.append((job_id, state)))
         _write(own, job_id, "test/1", OUTCOMES[outcome])  # it was committed; the runner never heard of it
         was = text_of(engine, job_id)
-        completer.put(result(job_id, OUTCOMES[outcome]))
+        completer.put(_ended(job_id, outcome))
         completer.step()
 
     assert completer.stale == 0
     assert completer.backlog == 0
     assert text_of(engine, job_id) == was
-    assert [state for _, state in told] == [OUTCOMES[outcome].state]
+    assert told == [(job_id, OUTCOMES[outcome].state)]
 
 
 def test_a_neighbour_in_the_same_batch_does_not_share_a_stale_outcomes_fate(engine: Engine) -> None:
     ours, theirs = make_job(engine, state=JobState.RUNNING), make_job(engine, state=JobState.RUNNING, token="thief/1")
 
     with opened(engine) as own:
-        own.execute(COMPLETE_JOBS, {"p_ids": [theirs, ours], "p_tokens": ["test/1", "test/1"]})
+        own.execute(COMPLETE_JOBS, complete_parameters([(theirs, "test/1"), (ours, "test/1")]))
 
     assert read_job(engine, ours)["state"] == "completed"
     assert read_job(engine, theirs)["state"] == "running"
@@ -136,7 +137,7 @@ def test_two_jobs_never_answer_for_each_other(engine: Engine) -> None:
     crossed = {"p_ids": [one, two], "p_tokens": ["b/1", "a/1"]}
 
     with opened(engine) as own:
-        completed = own.execute(COMPLETE_JOBS, crossed).rowcount
+        completed = own.execute(COMPLETE_JOBS, complete_parameters([(one, "b/1"), (two, "a/1")])).rowcount
         held = own.execute(SELECT_HELD, crossed).all()
         settled = own.execute(
             SETTLE_JOBS, settle_parameters([(one, "b/1", states.interrupted()), (two, "a/1", states.interrupted())])
@@ -258,17 +259,17 @@ def test_ids_beyond_32_bits_work(engine: Engine) -> None:
 
 def test_a_batch_may_hold_every_kind_of_outcome(engine: Engine) -> None:
     jobs = make_jobs(engine, len(OUTCOMES), state=JobState.RUNNING)
-    told: list[tuple[Result, JobState]] = []
+    told: list[tuple[int, JobState]] = []
 
     with opened(engine) as own:
-        completer = _completer(own, told.extend)
-        for job_id, transition in zip(jobs, OUTCOMES.values(), strict=True):
-            completer.put(result(job_id, transition))
+        completer = make_completer(own, lambda job_id, state: told.append((job_id, state)))
+        for job_id, outcome in zip(jobs, OUTCOMES, strict=True):
+            completer.put(_ended(job_id, outcome))
         completer.step()
 
-    assert {each.job.id: state for each, state in told} == {
-        job_id: transition.state for job_id, transition in zip(jobs, OUTCOMES.values(), strict=True)
-    }
+    assert sorted(told) == [
+        (job_id, transition.state) for job_id, transition in zip(jobs, OUTCOMES.values(), strict=True)
+    ]
     assert [read_job(engine, job_id)["state"] for job_id in jobs] == [
         transition.state for transition in OUTCOMES.values()
     ]

@@ -12,7 +12,6 @@ from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.exc import OperationalError
 
 from sqla_river import states
-from sqla_river.complete import Completer
 from sqla_river.context import JobContext
 from sqla_river.fetch import LARGEST_FETCH
 from sqla_river.rows import JobRow, Result
@@ -27,6 +26,7 @@ from tests.making import (
     count_states,
     explain,
     fetch,
+    make_completer,
     make_executor,
     make_fetcher,
     make_job,
@@ -176,7 +176,7 @@ def test_four_at_once_run_ten_thousand_jobs_once_each(engine: Engine) -> None:
     def work(name: str) -> None:
         with opened(engine) as own, opened(engine) as completing:
             # A fetch with an older snapshot holds rows for a moment that run by now: the completer tries those again.
-            completer = Completer(completing, wake=lambda: None, written=lambda _: None, relieved=lambda: None)
+            completer = make_completer(completing)
             number = 0
             while rows := fetch(own, f"{name}/{number}", slots={"default": 97}):
                 fetched.extend(row.id for row in rows)
@@ -252,9 +252,9 @@ def test_no_row_breaks_the_fetch_or_the_completion_of_others(engine: Engine, out
 
     with opened(engine) as own:
         fetched = fetch(own)
-        completer = Completer(own, wake=lambda: None, written=lambda _: None, relieved=lambda: None)
+        completer = make_completer(own)
         for row in fetched:
-            completer.put(executor.execute(row))
+            completer.put(executor.execute(row) or row)
         completer.step()
 
     assert _ids(fetched) == sorted([*poison, *healthy])
@@ -485,7 +485,7 @@ def test_what_is_recovered_still_passes_the_fence(engine: Engine) -> None:
         fetcher.step()
     fetcher.step()
 
-    completer = Completer(own, wake=lambda: None, written=lambda _: None, relieved=lambda: None)
+    completer = make_completer(own)
     for row in delivered:
         completer.put(Result(row, states.completed()))
     completer.step()

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, RowMapping
 
 from sqla_river import states
-from sqla_river.complete import settle_parameters
+from sqla_river.complete import complete_parameters, settle_parameters
 from sqla_river.statements import COMPLETE_JOBS, SCHEDULE_DUE, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.store import OwnConnection
@@ -29,7 +29,7 @@ Event = Callable[[OwnConnection, int], object]
 
 EVENTS: Final[dict[str, Event]] = {
     "fetch": lambda own, _: fetch(own, TOKEN),
-    "complete": lambda own, job_id: own.execute(COMPLETE_JOBS, {"p_ids": [job_id], "p_tokens": [TOKEN]}),
+    "complete": lambda own, job_id: own.execute(COMPLETE_JOBS, complete_parameters([(job_id, TOKEN)])),
     "complete with metadata": lambda own, job_id: _settle(own, job_id, states.completed('{"seen": 1}')),
     "error": lambda own, job_id: _settle(own, job_id, states.errored(ERROR, DELAY)),
     "error, again at once": lambda own, job_id: _settle(own, job_id, states.errored(ERROR, timedelta(0))),

@@ -15,7 +15,7 @@ QUEUES = ("a", "b")
 
 
 def _row(number: int, queue: str = "a") -> JobRow:
-    return JobRow(number, queue, "count", 1, 25, 1, "{}", "{}", None, "runner/1")
+    return JobRow(number, queue, "count", 1, 25, 1, 0, "{}", "{}", None, "runner/1")
 
 
 def test_as_many_begin_as_there_are_slots_and_each_that_leaves_lets_the_next_begin() -> None:

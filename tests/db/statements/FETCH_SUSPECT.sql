@@ -8,9 +8,9 @@ WHERE river_suspect.deaths >= 2 AND w.state = 'available' AND w.scheduled_at <= 
 ORDER BY w.priority, w.scheduled_at, w.id
 LIMIT 1
 FOR UPDATE OF w SKIP LOCKED)))) AND CAST(river_job.state AS TEXT) = 'available'
-RETURNING river_job.id, river_job.queue, river_job.kind, river_job.attempt, river_job.max_attempts, river_job.priority, CAST(river_job.args AS TEXT) AS args, CAST(river_job.metadata AS TEXT) AS metadata, CASE WHEN (river_job.metadata ? 'sqla_river:expires_at') THEN jsonb_typeof(river_job.metadata -> 'sqla_river:expires_at') = 'number' AND (river_job.metadata -> 'sqla_river:expires_at') < to_jsonb(EXTRACT(epoch
+RETURNING river_job.id, river_job.queue, river_job.kind, river_job.attempt, river_job.max_attempts, river_job.priority, CAST(date_part('epoch', least(greatest(river_job.scheduled_at, 'epoch'), now())) * 1e6 AS BIGINT) AS due, CAST(river_job.args AS TEXT) AS args, CAST(river_job.metadata AS TEXT) AS metadata, CASE WHEN (river_job.metadata ? 'sqla_river:expires_at') THEN jsonb_typeof(river_job.metadata -> 'sqla_river:expires_at') = 'number' AND (river_job.metadata -> 'sqla_river:expires_at') < to_jsonb(EXTRACT(epoch
 FROM now())) END AS expired), marked AS (UPDATE river_runner
 SET alone=(SELECT taken.id
 FROM taken)
-WHERE river_runner.id = %(p_id)s::VARCHAR) SELECT taken.id, taken.queue, taken.kind, taken.attempt, taken.max_attempts, taken.priority, taken.args, taken.metadata, taken.expired
+WHERE river_runner.id = %(p_id)s::VARCHAR) SELECT taken.id, taken.queue, taken.kind, taken.attempt, taken.max_attempts, taken.priority, taken.due, taken.args, taken.metadata, taken.expired
 FROM taken
