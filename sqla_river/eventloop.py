@@ -52,7 +52,7 @@ class EventLoop:
         """By identity of the row, so that they live."""
         self._context = copy_context()
         self._ready: deque[JobRow] = deque()
-        self._start: _Start | None = None
+        self._start: Start | None = None
         self._beginning = False
         """Whether `_begin` is under way, or will be."""
         self._ticked_at = math.inf
@@ -116,7 +116,7 @@ class EventLoop:
         loop = self._loop
         assert loop is not None
         asyncio.set_event_loop(loop)
-        self._start = _Start(loop)
+        self._start = Start(loop)
         self._tick()
         while not self._ended:
             try:
@@ -172,7 +172,7 @@ class EventLoop:
 
 if sys.version_info >= (3, 12):
 
-    class _Start:
+    class Start:
         """Makes tasks that take their first step at once: many jobs need no other."""
 
         def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -183,7 +183,7 @@ if sys.version_info >= (3, 12):
 
 else:
 
-    class _Start:
+    class Start:
         """The same where a task cannot do that: its constructor hands its first step to the loop's call_soon. Taken
         there, and done at once, it saves a tenth of a short job. Other loops than asyncio's own may not let us.
         """
