@@ -394,16 +394,19 @@ def test_one_fetch_is_never_larger_than_its_bound(engine: Engine) -> None:
 
 
 def test_no_token_is_used_twice(engine: Engine) -> None:
-    make_jobs(engine, 5)
-    delivered: list[JobRow] = []
+    make_jobs(engine, 20)
+    fetches: list[list[JobRow]] = []
 
     with opened(engine) as own:
-        fetcher = make_fetcher(own, delivered, slots={"default": 1})
-        for _ in range(5):
+        fetcher = make_fetcher(own, [], slots={"default": 1}, deliver=fetches.append)
+        while sum(map(len, fetches)) < 20:
             fetcher.step()
-            fetcher.freed("default")
+            for row in fetches[-1]:
+                fetcher.freed(row.queue)
 
-    assert len({row.token for row in delivered}) == 5
+    tokens = [{row.token for row in rows} for rows in fetches if rows]
+    assert {len(each) for each in tokens} == {1}
+    assert len(set[str]().union(*tokens)) == len(tokens) > 1
 
 
 def test_a_queue_that_is_full_is_looked_at_as_soon_as_a_slot_is_free(engine: Engine) -> None:
