@@ -409,6 +409,19 @@ def test_no_token_is_used_twice(engine: Engine) -> None:
     assert len(set[str]().union(*tokens)) == len(tokens) > 1
 
 
+def test_what_one_fetch_brings_is_delivered_by_priority_then_time_then_id(engine: Engine) -> None:
+    """Whatever order the rows have in the table, and for times that are no number too."""
+    times = ["-infinity", "2020-01-02", "2020-01-01", "2020-01-02", "2020-01-01 00:00:00.000001"]
+    jobs = [make_job(engine, priority=priority, scheduled_at=time) for priority in (2, 1) for time in times]
+    delivered: list[JobRow] = []
+
+    with opened(engine) as own:
+        make_fetcher(own, delivered).step()
+
+    order = [0, 2, 4, 1, 3]
+    assert [row.id for row in delivered] == [*(jobs[5 + place] for place in order), *(jobs[place] for place in order)]
+
+
 def test_a_queue_that_is_full_is_looked_at_as_soon_as_a_slot_is_free(engine: Engine) -> None:
     """Even if the other queues of the runner were found empty meanwhile."""
     make_jobs(engine, 2, queue="busy")

@@ -797,6 +797,34 @@ def test_the_default_codec_is_a_codec() -> None:
     assert isinstance(codec, CattrsCodec)
 
 
+@attrs.define(init=False)
+class Hidden:
+    """Its constructor, written by hand, has a default that its signature does not show."""
+
+    kind: ClassVar[str] = "hidden"
+    x: int
+    y: int = 5
+
+    def __init__(self, x: int, **more: int) -> None:
+        self.x = x
+        self.y = more.get("y", 7)
+
+
+@attrs.frozen
+class Made:
+    kind: ClassVar[str] = "made"
+    x: int = 3
+    y: list[int] = attrs.field(factory=lambda: [1])
+
+
+def test_a_key_that_is_not_there_leaves_its_default_to_the_constructor() -> None:
+    codec = CattrsCodec()
+
+    assert (codec.decode(Hidden, b'{"x": 1}').y, codec.decode(Hidden, b'{"x": 1, "y": 2}').y) == (7, 2)
+    assert (codec.decode(Made, b"{}"), codec.decode(Made, b'{"y": [2]}')) == (Made(3, [1]), Made(3, [2]))
+    assert codec.decode(Made, b"{}").y is not codec.decode(Made, b"{}").y
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="'type' statement")
 def test_recursive_type_aliases_work() -> None:
     names: dict[str, Any] = {}
