@@ -158,7 +158,7 @@ class EventLoop:
         finally:
             self._beginning = bool(ready)
             if ready:
-                loop.call_soon(self._begin)
+                loop.call_soon(self._begin, context=self._context)  # else that of a job lives on in it
 
     async def _work(self, row: JobRow) -> None:
         following = self._finished(row, await self._execute(row))
@@ -167,7 +167,7 @@ class EventLoop:
             self._ready.append(following)
             if not self._beginning and self._loop is not None:  # else it is begun after this one
                 self._beginning = True
-                self._loop.call_soon(self._begin)
+                self._loop.call_soon(self._begin, context=self._context)
 
 
 if sys.version_info >= (3, 12):
