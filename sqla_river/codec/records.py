@@ -308,7 +308,8 @@ def _decoder(cls: type, fields: list[Field], inner: list[Shape]) -> Callable[[An
     """``def decode(value)`` that gives the instance.
 
     For a key that is not there the constructor gets its own default, which may be the sentinel of a factory: as if
-    nothing were passed, in half the time. Only a constructor written by hand can hide it; that one is passed nothing.
+    nothing were passed, and no dict is needed for what is. Only a constructor written by hand can hide it; that one is
+    passed nothing.
     """
     parameters = inspect.signature(cls).parameters
     defaults: dict[str, Any] = {}

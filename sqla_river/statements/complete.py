@@ -56,7 +56,7 @@ _done: Final = (
 
 
 def _held_by(given: Any, *columns: ColumnElement[Any]) -> Any:
-    """The rows of *given* whose fence holds, locked, each with its ctid and its id.
+    """The rows of *given* whose fence holds, locked: *columns*, and the ctid and id of each.
 
     By LATERAL, so that no plan can be made of it but one look at the primary key for each: joined, a plan that was
     made while the table was empty walked the whole of it for each batch, until the next ANALYZE.
@@ -69,9 +69,7 @@ def _held_by(given: Any, *columns: ColumnElement[Any]) -> Any:
         .correlate(given)
         .lateral("held")
     )
-    return select(*(columns or (held.c.at,)), *((held.c.at, held.c.id) if columns else ())).select_from(
-        given.join(held, true())
-    )
+    return select(*columns, held.c.at, held.c.id).select_from(given.join(held, true()))
 
 
 def _is_one_of(held: Any) -> ColumnElement[bool]:
