@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import MemberDescriptorType
 from typing import Any, ClassVar, Final, NoReturn, Protocol, TypeVar, cast
 
@@ -13,6 +14,7 @@ import cattrs
 
 from sqla_river.codec import fields, plain
 from sqla_river.codec.plan import Plan
+from sqla_river.codec.quick import quick_decoder
 from sqla_river.codec.records import plan_for
 from sqla_river.codec.shapes import Mismatch, shown, type_name
 from sqla_river.errors import DecodeError, EncodeError, RegistrationError
@@ -143,6 +145,7 @@ class CattrsCodec:
         self.max_bytes = max_bytes
         self.converter = converter or cattrs.Converter()
         self._plans: dict[type, Plan] = {}
+        self._quick: dict[type, Callable[[str | bytes], Any] | None] = {}
         self._lock = threading.RLock()
 
     def encode(self, args: JobArgs) -> bytes:
@@ -181,9 +184,19 @@ class CattrsCodec:
         Raises:
             DecodeError: whatever is wrong with *raw* or the class; no other exception escapes.
         """
+        decoded: A
+        quick = self._quick.get(args_type)
+        if quick is not None:
+            try:
+                decoded = quick(raw)
+            except Exception:  # noqa: BLE001, S110 - what follows takes it, or says why not
+                pass
+            else:
+                return decoded
+        elif args_type not in self._quick:
+            self.prepare(args_type)
         try:
             plan = self._plans.get(args_type) or self.plan(args_type)
-            decoded: A
             if plan.raw:
                 decoded = plan.decode(raw)
                 return decoded
@@ -200,6 +213,14 @@ class CattrsCodec:
         else:
             return decoded
         raise failure
+
+    def prepare(self, args_type: type) -> None:
+        """Compile what decodes *args_type* now, not when it is first decoded; no word of a class that cannot be."""
+        quick = None
+        with suppress(Exception):
+            self.plan(args_type)
+            quick = quick_decoder(args_type) if fields.has_fields(args_type) else None
+        self._quick[args_type] = quick
 
     def plan(self, cls: type) -> Plan:
         """The compiled form of *cls*; raises `Mismatch` when it has none."""
