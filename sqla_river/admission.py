@@ -4,24 +4,23 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from operator import attrgetter
+from operator import itemgetter
 from typing import Final
 
-from sqla_river.rows import JobRow
+from sqla_river.rows import QUEUE, Fetched
 
-_queue_of: Final = attrgetter("queue")
-_order_of: Final = attrgetter("priority", "due", "id")
+_queue_of: Final = itemgetter(QUEUE)
 
 
-def _by_queue(rows: Sequence[JobRow]) -> dict[str, Sequence[JobRow]]:
+def _by_queue(rows: Sequence[Fetched]) -> dict[str, Sequence[Fetched]]:
     """*rows* in groups, in their order. Most runners work one queue, and a loop over all costs as much as the rest."""
     queues = set(map(_queue_of, rows))
     if len(queues) == 1:
         return {queues.pop(): rows}
-    groups: dict[str, list[JobRow]] = {queue: [] for queue in queues}
+    groups: dict[str, list[Fetched]] = {queue: [] for queue in queues}
     for row in rows:
-        groups[row.queue].append(row)
-    return dict[str, Sequence[JobRow]](groups)
+        groups[row[QUEUE]].append(row)
+    return dict[str, Sequence[Fetched]](groups)
 
 
 class Admission:
@@ -34,16 +33,16 @@ class Admission:
     def __init__(self, slots: Mapping[str, int]) -> None:
         self._slots = slots
         self._running = dict.fromkeys(slots, 0)
-        self._waiting: dict[str, deque[JobRow]] = {queue: deque() for queue in slots}
+        self._waiting: dict[str, deque[Fetched]] = {queue: deque() for queue in slots}
         self._crowded = False
         """Whether more jobs of some queue may be running than it has slots by now."""
         self._lock = threading.Lock()
         self.passed = 0
         """Jobs that have a slot."""
 
-    def admit(self, rows: Sequence[JobRow]) -> list[JobRow]:
+    def admit(self, rows: Sequence[Fetched]) -> list[Fetched]:
         """Those of *rows* that begin now. The others wait, in their order, behind what waits already."""
-        begin: list[JobRow] = []
+        begin: list[Fetched] = []
         groups = _by_queue(rows)
         with self._lock:
             for queue, own in groups.items():
@@ -54,10 +53,10 @@ class Admission:
                 begin += first
             self.passed += len(begin)
         if len(groups) > 1:
-            begin.sort(key=_order_of)
+            begin.sort()
         return begin
 
-    def leave(self, queue: str) -> JobRow | None:
+    def leave(self, queue: str) -> Fetched | None:
         """A job of *queue* has left its slot: the one that begins in its place. No lock while there is one."""
         if not self._crowded:
             try:  # not `suppress`, which costs more than all else here
@@ -74,10 +73,10 @@ class Admission:
                 self._see_the_crowd()
             return None
 
-    def turn_away(self, queue: str | None = None) -> list[JobRow]:
+    def turn_away(self, queue: str | None = None) -> list[Fetched]:
         """The jobs that wait, those of *queue* where one is named: they wait no longer."""
         with self._lock:
-            rows: list[JobRow] = []
+            rows: list[Fetched] = []
             for waiting in list(self._waiting.values()) if queue is None else [self._waiting.get(queue, deque())]:
                 with suppress(IndexError):  # the slots take from it meanwhile
                     while True:

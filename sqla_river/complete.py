@@ -7,9 +7,8 @@ batches under load (group commit): while one is being written, the next gathers.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from itertools import count
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -19,7 +18,7 @@ from sqla_river.context import JobContext
 from sqla_river.failure import storable
 from sqla_river.logs import Log, of_job, without_passwords
 from sqla_river.policy import RIVER_POLICY
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, TOKEN, Fetched, Result, row_of
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.store import OwnConnection, error_json
@@ -74,7 +73,7 @@ class Completer:
         own: OwnConnection,
         *,
         wake: Callable[[], None],
-        completed: Callable[[Sequence[JobRow]], None],
+        completed: Callable[[Sequence[Fetched]], None],
         written: Callable[[Sequence[Result], Sequence[JobState]], None],
         relieved: Callable[[], None],
     ) -> None:
@@ -83,19 +82,19 @@ class Completer:
         self._completed = completed
         self._written = written
         self._relieved = relieved
-        self._results: deque[Result | JobRow] = deque()
-        self._taken: list[Result | JobRow] = []
+        self._results: deque[Result | Fetched] = deque()
+        self._taken: list[Result | Fetched] = []
         self._again: list[Again] = []
-        self._progress: dict[JobRow, JobContext[Any]] = {}
+        self._progress: dict[Fetched, JobContext[Any]] = {}
         self._noted_at = 0.0
         self._idle = True
         """Whether the loop may be waiting for a result."""
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
-    def put(self, result: Result | JobRow) -> None:
-        """Take *result*; written soon. The bare row is that of a job that just completed: most are, and one object less
-        for each is 1 us less, most of it the garbage collector's. Constant time, no lock.
+    def put(self, result: Result | Fetched) -> None:
+        """Take *result*; written soon. What was fetched stands for a job that just completed: most do, and one object
+        less for each is 1 us less, most of it the garbage collector's. Constant time, no lock.
         """
         self._results.append(result)
         if self._idle:
@@ -187,15 +186,15 @@ class Completer:
                 self._again += [again, *due]
                 raise
 
-    def _write(self, ended: Sequence[Result | JobRow], pause: float) -> None:
+    def _write(self, ended: Sequence[Result | Fetched], pause: float) -> None:
         """Write what has *ended*; what somebody has locked is put aside for *pause* seconds.
 
         Raises:
             Exception: the database is away; nothing of it is forgotten, and writing it again changes nothing twice.
         """
         written = Written([], [])
-        rows = [each for each in ended if type(each) is JobRow]
-        results = [] if len(rows) == len(ended) else [each for each in ended if isinstance(each, Result)]
+        results = [each for each in ended if isinstance(each, Result)]
+        rows = [each for each in ended if not isinstance(each, Result)]
         heard, others = list[Result](), list[Result]()
         for result in results:
             if result.settled is not None:
@@ -207,23 +206,24 @@ class Completer:
             written.results.extend(heard)
             written.states.extend([JobState.COMPLETED] * len(heard))
         else:
-            others += [*heard, *(Result(row, _JUST_COMPLETED) for row in rows)]
+            others += [*heard, *(Result(row_of(row), _JUST_COMPLETED) for row in rows)]
             rows = []
         if others:
             others.sort(key=_id_of_job)
-            self._write_batch(others, pause, written)
+            for batch in _apart(others):
+                self._write_batch(batch, pause, written)
         if rows:
             self._completed(rows)
         if written.results:
             self._written(written.results, written.states)
 
-    def _complete(self, rows: Sequence[JobRow]) -> bool:
+    def _complete(self, rows: Sequence[Fetched]) -> bool:
         """Write that *rows* just completed; False if that cannot be said of each of them: then the general way goes
         over all of them, and sorts them.
         """
         if not rows:
             return True
-        given = complete_parameters([(row.id, row.token) for row in rows])
+        given = complete_parameters(map(_fence_of, rows))
         try:
             return self._own.execute(COMPLETE_JOBS, given).rowcount == len(rows)
         except Exception as error:
@@ -298,16 +298,19 @@ class Completer:
         return [states.get(result.job.id) for result in batch]
 
 
-def complete_parameters(jobs: Sequence[tuple[int, str]]) -> dict[str, Sequence[Any]]:
-    """The parameters of COMPLETE_JOBS for (id, token): the ids in order, each with the place of its token."""
-    jobs = sorted(jobs)
-    tokens = [token for _, token in jobs]
-    places = dict(zip(dict.fromkeys(tokens), count(1)))
-    return {
-        "p_ids": [job_id for job_id, _ in jobs],
-        "p_tokens": list(places),
-        "p_places": list(map(places.__getitem__, tokens)),
-    }
+def complete_parameters(given: Iterable[tuple[int, str]]) -> dict[str, Sequence[Any]]:
+    """The parameters of COMPLETE_JOBS for (id, token): the ids in order, and from which of them on each token holds.
+
+    Jobs that were fetched together end together, so that few tokens do for many ids.
+    """
+    jobs = sorted(given)
+    firsts: list[int] = []
+    tokens: list[str] = [""]
+    for job_id, token in jobs:
+        if token != tokens[-1]:
+            firsts.append(job_id)
+            tokens.append(token)
+    return {"p_ids": [job_id for job_id, _ in jobs], "p_firsts": firsts, "p_tokens": tokens[1:]}
 
 
 def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[str, list[Any]]:
@@ -325,7 +328,21 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
     }
 
 
+def _apart(results: Iterable[Result]) -> list[list[Result]]:
+    """*results* in batches that have no job twice, as it may be if it was fetched again while it ran: the database's
+    answers name jobs, not attempts.
+    """
+    batches: list[dict[int, Result]] = []
+    for result in results:
+        batch = next((batch for batch in batches if result.job.id not in batch), None)
+        if batch is None:
+            batches.append(batch := {})
+        batch[result.job.id] = result
+    return [list(batch.values()) for batch in batches]
+
+
 _id_of_job: Final = attrgetter("job.id")
+_fence_of: Final = itemgetter(ID, TOKEN)
 
 
 _AWAY: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "F0", "XX"})

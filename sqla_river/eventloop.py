@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 from sqla_river.failure import at
 from sqla_river.logs import RUNNER, Log
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, KIND, Fetched, Result
 
 log: Final = Log(__name__)
 
@@ -25,8 +25,8 @@ LEFT_TIMEOUT: Final = 0.2
 """Seconds for tasks that ignored a stop to end when the event loop does."""
 
 
-def _name(row: JobRow) -> str:
-    return f"job {row.id} ({row.kind})"  # a kind that has a worker, so no text that could break a line
+def _name(row: Fetched) -> str:
+    return f"job {row[ID]} ({row[KIND]})"  # a kind that has a worker, so no text that could break a line
 
 
 class EventLoop:
@@ -34,8 +34,8 @@ class EventLoop:
 
     def __init__(
         self,
-        execute: Callable[[JobRow], Coroutine[Any, Any, Result | None]],
-        finished: Callable[[JobRow, Result | None], JobRow | None],
+        execute: Callable[[Fetched], Coroutine[Any, Any, Result | None]],
+        finished: Callable[[Fetched, Result | None], Fetched | None],
         name: str,
         runner: str,
         last: Callable[[], Coroutine[Any, Any, object]] | None = None,
@@ -51,7 +51,7 @@ class EventLoop:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         """By identity of the row, so that they live."""
         self._context = copy_context()
-        self._ready: deque[JobRow] = deque()
+        self._ready: deque[Fetched] = deque()
         self._start: Start | None = None
         self._beginning = False
         """Whether `_begin` is under way, or will be."""
@@ -59,7 +59,7 @@ class EventLoop:
         self._said = False
         self._ended = False
 
-    def deliver(self, rows: list[JobRow]) -> None:
+    def deliver(self, rows: list[Fetched]) -> None:
         """Begin *rows*."""
         with self._making:
             if self._loop is None:
@@ -80,7 +80,7 @@ class EventLoop:
         if self._thread is not None:
             self._thread.join(timeout)
 
-    def stack_of(self, row: JobRow) -> str:
+    def stack_of(self, row: Fetched) -> str:
         """Where the handler of *row* awaits; nothing if it is not known here."""
         if self._loop is None:
             return ""
@@ -139,7 +139,7 @@ class EventLoop:
         self._ticked_at = time.monotonic()
         self._loop.call_later(LOOP_BLOCKED_AFTER / 4, self._tick)
 
-    def _begin(self, rows: Iterable[JobRow] = ()) -> None:
+    def _begin(self, rows: Iterable[Fetched] = ()) -> None:
         """Begin *rows*, and those that follow the ones which are over at once; a hundred, and then it is the turn of
         whoever else waits for the loop.
         """
@@ -160,7 +160,7 @@ class EventLoop:
             if ready:
                 loop.call_soon(self._begin, context=self._context)  # else that of a job lives on in it
 
-    async def _work(self, row: JobRow) -> None:
+    async def _work(self, row: Fetched) -> None:
         following = self._finished(row, await self._execute(row))
         self._tasks.pop(id(row), None)
         if following is not None:

@@ -9,12 +9,12 @@ from types import CoroutineType, TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
-from sqla_river.args import Codec
+from sqla_river.args import CattrsCodec, Codec
 from sqla_river.context import JobContext, cancel_context, staged_metadata
 from sqla_river.hooks import WORK_EVERYWHERE, Around, Audience, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
 from sqla_river.logs import Log, of_job, one_line
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import Fetched, JobRow, Result, row_of
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Worker, Workers
 
@@ -95,6 +95,12 @@ class Executor:
         self.running: dict[int, JobContext[Any]] = {}
         """The jobs whose handler runs now, by id."""
 
+    def prepare(self) -> None:
+        """Compile what decodes the args of each worker: no job need wait for that."""
+        if isinstance(self._codec, CattrsCodec):
+            for worker in self._workers:
+                self._codec.prepare(worker.args_type)
+
     def interrupt(self) -> None:
         """Tell all handlers, and those that begin from now on, that the runner stops."""
         self._interrupted = True
@@ -112,9 +118,9 @@ class Executor:
         """Whether jobs of *kind* belong on the event loop."""
         return kind in self._workers.async_kinds
 
-    def execute(self, row: JobRow) -> Result | None:
-        """One attempt at *row*, in this thread; None: it just completed, and nobody wants more. Never raises."""
-        attempt = _Attempt(row)
+    def execute(self, fetched: Fetched) -> Result | None:
+        """One attempt at a job, in this thread; None: it just completed, and nobody wants more. Never raises."""
+        attempt = _Attempt(fetched)
         try:
             if self._around is None:
                 self._work(attempt)
@@ -123,7 +129,7 @@ class Executor:
                     self._work(attempt)
         except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
             if isinstance(error, self._scope.unknown):
-                attempt.settled = self._scope.resolve(row)
+                attempt.settled = self._scope.resolve(attempt.row)
             self._failed(attempt, error)
         return self._end(attempt)
 
@@ -141,9 +147,9 @@ class Executor:
             self._start(worker, attempt)
             attempt.transition = self._wished(attempt, self._chain(worker)(attempt))
 
-    async def execute_async(self, row: JobRow) -> Result | None:
+    async def execute_async(self, fetched: Fetched) -> Result | None:
         """The same in a task of its own on the running event loop."""
-        attempt = _AsyncAttempt(row)
+        attempt = _AsyncAttempt(fetched)
         try:
             with self._around() if self._around is not None else _NOTHING:
                 worker = self._begin(attempt)
@@ -168,7 +174,7 @@ class Executor:
                     attempt.transition = self._wished(attempt, outcome)
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown):
-                attempt.settled = await asyncio.to_thread(self._scope.resolve, row)
+                attempt.settled = await asyncio.to_thread(self._scope.resolve, attempt.row)
             if self.judge.asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
                 await asyncio.to_thread(self._failed, attempt, error)
             else:
@@ -243,7 +249,7 @@ class Executor:
         """The row change for what a handler returned."""
         metadata = staged_metadata(attempt)
         if outcome is None:
-            return states.completed(metadata)
+            return _COMPLETED if metadata is None else states.completed(metadata)
         return wish(attempt.row.attempt, outcome, metadata, attempt.redact)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
@@ -282,8 +288,8 @@ class _Attempt(JobContext[Any]):
     transition: Transition | None = None
     settled: JobState | None = None
 
-    def __init__(self, row: JobRow) -> None:
-        self.row = row
+    def __init__(self, fetched: Fetched) -> None:
+        self.row = row_of(fetched)
         self.began = time.monotonic()
 
     @property

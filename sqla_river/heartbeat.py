@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Final, NamedTuple
 
 from sqla_river.logs import Log
-from sqla_river.rows import JobRow
+from sqla_river.rows import ID, TOKEN, Fetched
 from sqla_river.statements import (
     DELETE_RUNNER,
     REFRESH_LONG,
@@ -91,8 +91,8 @@ class Heartbeat:
         lease: float,
         *,
         free: Callable[[], Sequence[str]],
-        unfinished: Callable[[], Sequence[JobRow]],
-        lost: Callable[[Sequence[JobRow]], None],
+        unfinished: Callable[[], Sequence[Fetched]],
+        lost: Callable[[Sequence[Fetched]], None],
         learnt: Callable[[Fleet], None],
         beat: Callable[[datetime], None] = lambda _: None,
     ) -> None:
@@ -186,9 +186,9 @@ class Heartbeat:
         """After a gap in which the lease may have run out: which jobs were freed, and are perhaps another's."""
         unfinished = self._unfinished()
         if unfinished:
-            tokens = sorted({row.token for row in unfinished})
+            tokens = sorted({row[TOKEN] for row in unfinished})
             own = set(self._own.execute(SELECT_OWN, {"p_tokens": tokens}).scalars())
-            self._lost([row for row in unfinished if row.id not in own])
+            self._lost([row for row in unfinished if row[ID] not in own])
 
     def leave(self) -> None:
         """Take the runner's row away, if it was ever written, unless a running job still names it."""

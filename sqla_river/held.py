@@ -3,7 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, Final
 
 from sqla_river import states
@@ -14,12 +14,12 @@ from sqla_river.eventloop import EventLoop
 from sqla_river.execute import Executor
 from sqla_river.failure import at
 from sqla_river.logs import Log, of_job
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, KIND, QUEUE, Fetched, Result, row_of
 from sqla_river.slots import Threads
 
 log: Final = Log(__name__)
 
-_id_of: Final = attrgetter("id")
+_queue_of: Final = itemgetter(QUEUE)
 
 
 class Held:
@@ -54,11 +54,11 @@ class Held:
         self._admission = Admission(slots)
         self._threads = Threads(sum(slots.values()), executor.execute, self._finished_plain, "sqla_river-slot", runner)
         self._event_loop = EventLoop(executor.execute_async, self._finished_async, "sqla_river-loop", runner, last)
-        self._unfinished: dict[int, JobRow] = {}
-        """By identity: a job may be fetched again before its last attempt has been taken out here."""
-        self._given_up: set[JobRow] = set()
-        self._open: dict[int, JobRow] = {}
-        """By job: the attempts that nobody has brought to their end yet; who takes one out does. No lock per job."""
+        self._unfinished: dict[int, Fetched] = {}
+        """By identity: a job may be fetched again while its last attempt is still here."""
+        self._given_up: set[Fetched] = set()
+        self._open: set[int] = set()
+        """Those of them that nobody has brought to their end yet; who takes one out does. No lock per job."""
         self._placing = threading.Lock()
         self.stopping = False
         """Whether nothing may begin any more: what is delivered goes back."""
@@ -68,18 +68,18 @@ class Held:
         """Set once more handlers hang than there are slots."""
 
     def __contains__(self, job_id: object) -> bool:
-        return job_id in self._open
+        return any(row[ID] == job_id for row in self.rows)
 
     def __len__(self) -> int:
         return len(self._unfinished)
 
     @property
-    def rows(self) -> list[JobRow]:
+    def rows(self) -> list[Fetched]:
         return list(self._unfinished.values())
 
     # ---- in and out -------------------------------------------------------------------------------------------------
 
-    def deliver(self, rows: list[JobRow]) -> None:
+    def deliver(self, rows: Sequence[Fetched]) -> None:
         """Begin *rows*, as many as there are free slots; the others wait for one. Those of a queue that is worked no
         more go back.
         """
@@ -87,68 +87,69 @@ class Held:
             if self.stopping:
                 self.give_back(rows)
                 return
-            unwanted = [row for row in rows if row.queue not in self._slots]
-            if unwanted:
-                self.give_back(unwanted)
-                rows = [row for row in rows if row.queue in self._slots]
+            if not self._slots.keys() >= set(map(_queue_of, rows)):
+                self.give_back([row for row in rows if row[QUEUE] not in self._slots])
+                rows = [row for row in rows if row[QUEUE] in self._slots]
             self._unfinished.update(zip(map(id, rows), rows, strict=True))
-            self._open.update(zip(map(_id_of, rows), rows, strict=True))
+            self._open.update(map(id, rows))
             self._begin(self._admission.admit(rows))
 
-    def _begin(self, rows: list[JobRow]) -> None:
+    def _begin(self, rows: list[Fetched]) -> None:
         """Begin *rows*, each of which has a slot."""
-        awaited = {kind for kind in {row.kind for row in rows} if self._executor.is_async(kind)}
+        awaited = {kind for kind in {row[KIND] for row in rows} if self._executor.is_async(kind)}
         if awaited:
-            self._event_loop.deliver([row for row in rows if row.kind in awaited])
-            rows = [row for row in rows if row.kind not in awaited]
+            self._event_loop.deliver([row for row in rows if row[KIND] in awaited])
+            rows = [row for row in rows if row[KIND] not in awaited]
         if rows:
             self._threads.deliver(rows, self._admission.passed)
 
-    def _finished(self, row: JobRow, result: Result | None) -> JobRow | None:
+    def _finished(self, row: Fetched, result: Result | None) -> Fetched | None:
         """The handler of *row* has come to its end; the job that begins in its place."""
         if not self._hand_on(row, result):
             self._given_up.discard(row)
             self._completer.stale += 1
-            log.warning("job %d came to its end after it was given up; that changes nothing", row.id, **of_job(row))
+            late = row_of(row)
+            log.warning("job %d came to its end after it was given up; that changes nothing", late.id, **of_job(late))
             return None
-        following = self._admission.leave(row.queue)
-        self._freed(row.queue)
+        following = self._admission.leave(row[QUEUE])
+        self._freed(row[QUEUE])
         if self.stopping:
             self.changed.set()
         return following
 
-    def _finished_plain(self, row: JobRow, result: Result | None) -> JobRow | None:
+    def _finished_plain(self, row: Fetched, result: Result | None) -> Fetched | None:
         following = self._finished(row, result)
-        if following is None or not self._executor.is_async(following.kind):
+        if following is None or not self._executor.is_async(following[KIND]):
             return following
         self._event_loop.deliver([following])
         return None
 
-    def _finished_async(self, row: JobRow, result: Result | None) -> JobRow | None:
+    def _finished_async(self, row: Fetched, result: Result | None) -> Fetched | None:
         following = self._finished(row, result)
-        if following is None or self._executor.is_async(following.kind):
+        if following is None or self._executor.is_async(following[KIND]):
             return following
         self._threads.deliver([following], self._admission.passed)
         return None
 
-    def _hand_on(self, row: JobRow, result: Result | None) -> bool:
+    def _hand_on(self, row: Fetched, result: Result | None) -> bool:
         """Put what came of *row*, and let go of it; False where that was done before, because it was given up."""
-        if self._open.get(row.id) is not row or self._open.pop(row.id, None) is not row:
+        try:
+            self._open.remove(id(row))
+        except KeyError:
             return False
         self._completer.put(result or row)  # first, or a stop might see neither
         self._unfinished.pop(id(row), None)
         return True
 
-    def give_back(self, rows: Iterable[JobRow]) -> None:
+    def give_back(self, rows: Iterable[Fetched]) -> None:
         """Make *rows* available again, their attempt given back."""
         for row in rows:
-            self._completer.put(Result(row, states.interrupted()))
+            self._completer.put(Result(row_of(row), states.interrupted()))
             self._let_go(row)
-            self._returned(row.queue)
+            self._returned(row[QUEUE])
 
-    def _let_go(self, row: JobRow) -> None:
-        if self._open.get(row.id) is row:
-            self._open.pop(row.id, None)
+    def _let_go(self, row: Fetched) -> None:
+        self._open.discard(id(row))
         self._unfinished.pop(id(row), None)
 
     def give_back_waiting(self) -> None:
@@ -156,9 +157,9 @@ class Held:
         self.give_back(self._admission.turn_away())
         self._give_back_admitted(self._threads.take_back())
 
-    def _give_back_admitted(self, rows: Iterable[JobRow]) -> None:
+    def _give_back_admitted(self, rows: Iterable[Fetched]) -> None:
         for row in rows:
-            self._admission.leave(row.queue)  # nothing waits
+            self._admission.leave(row[QUEUE])  # nothing waits
             self.give_back([row])
 
     def give_back_ahead(self, queue: str | None) -> None:
@@ -174,23 +175,23 @@ class Held:
             self._admission.resize(slots)
             self.give_back(self._admission.turn_away())
             waiting = self._threads.take_back()
-            surplus = Counter(row.queue for row in self.rows)
+            surplus = Counter(row[QUEUE] for row in self.rows)
             surplus.subtract(slots)
-            back = set[JobRow]()
+            back = set[Fetched]()
             for row in reversed(waiting):
-                if surplus[row.queue] > 0:
-                    surplus[row.queue] -= 1
+                if surplus[row[QUEUE]] > 0:
+                    surplus[row[QUEUE]] -= 1
                     back.add(row)
             self._threads.put_back(row for row in waiting if row not in back)
             self._give_back_admitted(back)
             self._threads.resize(sum(slots.values()), self._admission.passed)
 
-    def lost(self, rows: Sequence[JobRow]) -> None:
+    def lost(self, rows: Sequence[Fetched]) -> None:
         """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
         are dropped.
         """
         log.warning(
-            "%d jobs were freed while this runner was out of touch: %s", len(rows), [row.id for row in rows[:20]]
+            "%d jobs were freed while this runner was out of touch: %s", len(rows), [row[ID] for row in rows[:20]]
         )
         lost = set(rows)
         with self._placing:
@@ -198,39 +199,41 @@ class Held:
             admitted = self._threads.take_back()
             keep = self._drop(admitted, lost)
             for row in lost.intersection(admitted):
-                self._admission.leave(row.queue)
+                self._admission.leave(row[QUEUE])
             self._threads.put_back(keep)
             self._begin(self._admission.admit(ahead))
         for row in rows:
-            job = self._executor.running.get(row.id)
-            if job is not None and job.row is row:
+            job = self._executor.running.get(row[ID])
+            if job is not None and job.row == row:
                 cancel_context(job, "lease lost")
 
-    def _drop(self, rows: list[JobRow], lost: set[JobRow]) -> list[JobRow]:
+    def _drop(self, rows: list[Fetched], lost: set[Fetched]) -> list[Fetched]:
         """Let go of those of *rows* that are *lost*; the others."""
         for row in lost.intersection(rows):
             self._let_go(row)
-            self._returned(row.queue)
+            self._returned(row[QUEUE])
         return [row for row in rows if row not in lost]
 
     def stuck(self, job: JobContext[Any]) -> None:
         """A handler ignores its timeout: its attempt is recorded as failed, and another thread takes its place."""
-        row = job.row
+        row = next((row for row in self.rows if row == job.row), None)
+        if row is None:  # it has ended just now
+            return
         stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
         self._given_up.add(row)
-        if not self._hand_on(row, Result(row, self._executor.judge.give_up(job, stack))):
+        if not self._hand_on(row, Result(job.row, self._executor.judge.give_up(job, stack))):
             self._given_up.discard(row)
             return
         log.error(
             "job %d (%s) ignores its timeout and is given up; it hangs at %s",
-            row.id,
-            row.kind,
+            job.id,
+            job.kind,
             at(stack),
-            **of_job(row),
+            **of_job(job.row),
         )
         self._threads.replace(row)
-        following = self._admission.leave(row.queue)
-        self._freed(row.queue)
+        following = self._admission.leave(row[QUEUE])
+        self._freed(row[QUEUE])
         if following is not None:
             self._begin([following])
         if len(self._given_up) > sum(self._slots.values()):

@@ -12,21 +12,20 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import repeat
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Final, cast
 
 from sqla_river import store
 from sqla_river.check import require_schema
 from sqla_river.complete import Completer
 from sqla_river.counters import Counters
-from sqla_river.duties import turns
 from sqla_river.duties.count import Count
 from sqla_river.duties.figures import LookAround
 from sqla_river.duties.prune import Clean, Prune
 from sqla_river.duties.reindex import Reindex
 from sqla_river.duties.rescue import Isolate, Rescue
 from sqla_river.duties.trouble import Strangers, Trouble
-from sqla_river.duties.turns import Turns
+from sqla_river.duties.turns import STATEMENT_TIMEOUT, Turns
 from sqla_river.errors import SchemaError
 from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
@@ -39,7 +38,7 @@ from sqla_river.logs import Log
 from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.orders import Orders
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, QUEUE, Fetched, Result, row_of
 from sqla_river.settle import Scope
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.stopping import FLUSH_TIMEOUT, Stop
@@ -51,7 +50,15 @@ log: Final = Log(__name__)
 
 CONTROL: Final = "river_control"
 TOPICS: Final = ("river_insert", CONTROL)
-_id_of, _queue_of, _queue_of_job = attrgetter("id"), attrgetter("queue"), attrgetter("job.queue")
+_id_of, _queue_of, _queue_of_job = itemgetter(ID), itemgetter(QUEUE), attrgetter("job.queue")
+DUTIES_AFTER: Final = 1.0
+"""Seconds from the first fetch to the first look at the duties: what waits for the start of a runner comes first, while
+connections, plans and threads are made.
+"""
+SAME_PLAN: Final = {"plan_cache_mode": "force_generic_plan"}
+"""To plan anew costs a tenth of a fetch of a hundred rows."""
+BY_ID: Final = dict.fromkeys(("enable_nestloop", "enable_mergejoin", "enable_bitmapscan"), "off")
+"""A plan that was made while the table was empty must not walk all of it, until the next ANALYZE."""
 READY_TIMEOUT: Final = 10.0
 """Seconds that `Runner.start` waits for LISTEN; after that the poll does, and LISTEN goes on trying."""
 
@@ -79,15 +86,12 @@ class Incarnation:
         slots = orders.queues.now
         engine = store.twin(orders.engine)
 
-        def own(role: str, **settings: str) -> OwnConnection:
-            return OwnConnection(engine, schema, f"sqla_river:{role}:{self.id}", {"enable_seqscan": "off", **settings})
+        def own(role: str, settings: Mapping[str, str], *, binary: bool = False) -> OwnConnection:
+            given = {"enable_seqscan": "off", **settings}
+            return OwnConnection(engine, schema, f"sqla_river:{role}:{self.id}", given, binary=binary)
 
-        # The same plan each time: to plan anew costs a tenth of a fetch of a hundred rows.
-        fetch, heartbeat = own("fetch", plan_cache_mode="force_generic_plan"), own("heartbeat")
-        # The same here. A plan that was made while the table was empty must not walk all of it, until the next ANALYZE.
-        unwanted = dict.fromkeys(("enable_nestloop", "enable_mergejoin", "enable_bitmapscan"), "off")
-        complete = own("complete", plan_cache_mode="force_generic_plan", **unwanted)
-        duties = own("duties", statement_timeout=turns.STATEMENT_TIMEOUT)
+        fetch, heartbeat = own("fetch", SAME_PLAN, binary=True), own("heartbeat", {})
+        complete, duties = own("complete", SAME_PLAN | BY_ID), own("duties", {"statement_timeout": STATEMENT_TIMEOUT})
         self._watch = Watch(lambda: self._watching.wake(), lambda job: self._held.stuck(job), lambda: self._held.look())
         self.executor = Executor(
             orders.workers,
@@ -173,20 +177,18 @@ class Incarnation:
         self._fetching = loop("sqla_river-fetch", self._fetcher.step, fetch.close)
         self._completing = loop("sqla_river-complete", self.completer.step, self._flush)
         self._beating = loop("sqla_river-heartbeat", self._beat, self._heart.leave, longest=min(5.0, orders.heartbeat))
-        self._maintaining = loop(
-            "sqla_river-duties", lambda: self.turns.step() if self._heart.beaten else 0.1, duties.close
-        )
+        self._maintaining = loop("sqla_river-duties", self._maintain, duties.close)
         self._watching = loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
         self._stop = Stop(self._held, self.executor, self.completer, self._fetching, self._completing, self.id)
 
     # ---- the arrows between the stations ------------------------------------------------------------
 
-    def _fetched(self, rows: list[JobRow]) -> None:
-        if rows and not self.stopping:
-            self._meters.tell("fetched", rows)
+    def _fetched(self, rows: list[Fetched]) -> None:
+        if rows and not self.stopping and self._meters.attached:
+            self._meters.tell("fetched", list(map(row_of, rows)))
         self._held.deliver(rows)
 
-    def _completed(self, rows: Sequence[JobRow]) -> None:
+    def _completed(self, rows: Sequence[Fetched]) -> None:
         self._counters.add(zip(map(_queue_of, rows), repeat(JobState.COMPLETED)))
         self.worked += len(rows)
         finished_here(map(_id_of, rows))
@@ -275,6 +277,7 @@ class Incarnation:
             loop.start()
         if self._listener is not None:
             self._listener.start()
+        self.executor.prepare()
         until = time.monotonic() + READY_TIMEOUT
         while not (self._ready() or self._refused or self._stop.wanted) and time.monotonic() < until:
             time.sleep(0.005)
@@ -298,6 +301,13 @@ class Incarnation:
             self._checked = True
             self._refused = None
         return self._heart.step()
+
+    def _maintain(self) -> float:
+        """The duties, `DUTIES_AFTER` the first fetch."""
+        if not self.started:
+            return 0.1
+        left = self._fetching.started + DUTIES_AFTER - time.monotonic()
+        return left if left > 0 else self.turns.step()
 
     def loops(self) -> dict[str, tuple[float, float]]:
         """When each inner loop last showed that it does not hang, and when it last did well (monotonic); without those

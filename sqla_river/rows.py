@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple, cast
 
 from sqla_river.states import JobState, Transition
 
@@ -100,17 +101,17 @@ class JobRow(NamedTuple):
     """One fetched job. `args` and `metadata` are raw JSON text: they are decoded in the slot, so that a poison row
     fails alone.
 
-    `attempt` counts this attempt already. `due` is ``scheduled_at`` in microseconds of the epoch. `token` is the fence:
-    only its holder may change the outcome.
+    Rows sort in the order in which they begin. `attempt` counts this attempt already. `due` is ``scheduled_at`` in
+    seconds of the epoch. `token` is the fence: only its holder may change the outcome.
     """
 
+    priority: int
+    due: float
     id: int
     queue: str
     kind: str
     attempt: int
     max_attempts: int
-    priority: int
-    due: int
     args: str
     metadata: str
     expired: bool | None
@@ -118,6 +119,19 @@ class JobRow(NamedTuple):
 
     def __repr__(self) -> str:  # as above
         return f"<row of job {self.id} {self.kind!r} attempt {self.attempt}>"
+
+
+Fetched = tuple[int, float, int, str, str, int, int, str, str, bool | None, str]
+"""A JobRow as a plain tuple: so jobs wait, begun or not, until their slot makes a JobRow of it. Of plain tuples that
+hold nothing but text and numbers the garbage collector lets go at its first look, where thousands of other objects that
+outlive some looks make it look at all the program's, 30 ms for each 75,000 jobs.
+"""
+ID: Final = 2
+QUEUE: Final = 3
+KIND: Final = 4
+TOKEN: Final = 10
+row_of: Final[Callable[[Fetched], JobRow]] = partial(cast("Any", tuple).__new__, JobRow)
+"""What was fetched, by the names of its fields: half the time of ``JobRow._make``."""
 
 
 class Result(NamedTuple):

@@ -9,6 +9,7 @@ from sqla_river.execute import Executor
 from sqla_river.held import Held
 from sqla_river.logs import Log
 from sqla_river.loop import Loop
+from sqla_river.rows import ID, KIND
 
 log: Final = Log(__name__)
 
@@ -88,7 +89,7 @@ class Stop:
                 log.error(
                     "%d jobs ignore the stop and are left behind: %s",
                     len(left),
-                    [(row.id, row.kind) for row in left[:20]],
+                    [(row[ID], row[KIND]) for row in left[:20]],
                     runner=self._runner,
                 )
                 self._held.give_back(left)

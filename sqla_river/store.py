@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -147,18 +147,49 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
+def _ask_for_binary(raw: Any) -> None:
+    """Have the cursors of *raw*, a connection of psycopg's, ask for results in binary: 0.15 us less for a fetched row.
+
+    Those of a class of the user's own are left alone: some can only do text.
+    """
+    from psycopg import Cursor  # which whoever only enqueues by another driver need not have
+    from psycopg.pq import Format
+
+    def cursor(*args: Any, **words: Any) -> Any:
+        made: Cursor[Any] = Cursor(*args, **words)
+        made.format = Format.BINARY
+        return made
+
+    if raw.cursor_factory is Cursor:
+        raw.cursor_factory = cursor
+
+
 class OwnConnection:
     """One connection that a runner keeps, detached from the pool of *engine* (a `twin`).
 
     Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error
     that may have broken it, it is closed, and the next `get` opens a new one. Let alone, a detached Connection
     reconnects *from the pool* and loses its autocommit: its writes would never commit.
+
+    Args:
+        engine: where to connect.
+        declared_schema: that of the tables; None is the connection's own.
+        name: in ``application_name``.
+        settings: of the server, for this connection.
+        binary: whether results come in binary, for many rows of plain types.
     """
 
     def __init__(
-        self, engine: Engine, declared_schema: str | None, name: str, settings: Mapping[str, str] | None = None
+        self,
+        engine: Engine,
+        declared_schema: str | None,
+        name: str,
+        settings: Mapping[str, str] | None = None,
+        *,
+        binary: bool = False,
     ) -> None:
         self._engine = engine
+        self._binary = binary
         self._declared = declared_schema
         self._settings = {
             "application_name": name[:63],
@@ -183,6 +214,8 @@ class OwnConnection:
             self._connection = connection = self._engine.connect()
             try:
                 self._raw = connection.connection.dbapi_connection
+                if self._binary:
+                    _ask_for_binary(self._raw)
                 connection.execution_options(isolation_level="AUTOCOMMIT")
                 connection.detach()
                 given = (func.set_config(key, value, False) for key, value in self._settings.items())
@@ -209,19 +242,12 @@ class OwnConnection:
                 self.close()
             raise
 
-    def fetch(
-        self, statement: Executable, parameters: Mapping[str, Any], make: Callable[[Sequence[Any]], T]
-    ) -> list[T]:
-        """Run one of our statements that returns rows of plain types, and *make* something of each while the driver
-        reads it: a third of the time of SQLAlchemy's rows, and one object for the garbage collector.
+    def fetch(self, statement: Executable, parameters: Mapping[str, Any]) -> list[Any]:
+        """Run one of our statements that returns rows of plain types: they come as the driver's tuples, in a third of
+        the time of SQLAlchemy's rows.
         """
-
-        def row_factory(_cursor: object) -> Callable[[Sequence[Any]], T]:
-            return make
-
         result: Any = self.execute(statement, parameters)
-        result.cursor.row_factory = row_factory
-        rows: list[T] = result.cursor.fetchall()
+        rows: list[Any] = result.cursor.fetchall()
         result.close()
         return rows
 

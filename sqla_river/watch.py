@@ -33,9 +33,9 @@ class Watch:
 
     def add(self, job: JobContext[Any], seconds: float) -> None:
         """Give *job* so many seconds from now."""
-        job.deadline = time.monotonic() + seconds
-        if job.deadline < self._next:
-            self._next = job.deadline
+        deadline = job.deadline = time.monotonic() + seconds
+        if deadline < self._next:
+            self._next = deadline
             self._wake()
 
     def step(self, running: dict[int, JobContext[Any]]) -> float:

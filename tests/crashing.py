@@ -18,7 +18,7 @@ import sqla_river
 from sqla_river.context import JobContext
 from sqla_river.duties.rescue import Rescue
 from sqla_river.heartbeat import Fleet, Heartbeat
-from sqla_river.rows import JobRow
+from sqla_river.rows import JobRow, row_of
 from sqla_river.runner import Runner
 from sqla_river.store import OwnConnection
 from sqla_river.workers import Workers
@@ -95,7 +95,15 @@ def make_heart(
     """A heartbeat whose thread is the test."""
     slots = {"default": 1}
     return Heartbeat(
-        own, runner_id, slots, every, lease, free=list, unfinished=lambda: unfinished, lost=lost, learnt=learnt
+        own,
+        runner_id,
+        slots,
+        every,
+        lease,
+        free=list,
+        unfinished=lambda: unfinished,
+        lost=lambda rows: lost(list(map(row_of, rows))),
+        learnt=learnt,
     )
 
 

@@ -23,7 +23,7 @@ from sqla_river.execute import Executor
 from sqla_river.fetch import Fetcher
 from sqla_river.hooks import EVENT_KINDS
 from sqla_river.incarnation import Incarnation
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, Fetched, JobRow, Result, row_of
 from sqla_river.runner import Runner
 from sqla_river.states import FINALIZED, JobState, Transition
 from sqla_river.store import OwnConnection, map_options
@@ -272,22 +272,25 @@ def _row(values: Any, token: str) -> JobRow:
 def result(job_id: int, transition: Transition, token: str = "test/1", **columns: Any) -> Result:
     """What came of a job: its transition, and of its row what the completer looks at."""
     row: Any = dict.fromkeys(JobRow._fields)
-    row.update({"queue": "default", "kind": Count.kind, "attempt": 1, "max_attempts": 25, "priority": 1, "due": 0})
+    row.update({"queue": "default", "kind": Count.kind, "attempt": 1, "max_attempts": 25, "priority": 1, "due": 0.0})
     row.update({"id": job_id, "args": "{}", "metadata": "{}", "token": token, **columns})
     return Result(JobRow(**row), transition)
 
 
-def ended(job_id: int, transition: Transition | None) -> Result | JobRow:
+def ended(job_id: int, transition: Transition | None) -> Result | Fetched:
     """The same, as a completer takes it: with None of a job that just completed, of which nobody wants to know more."""
-    return result(job_id, states.completed()).job if transition is None else result(job_id, transition)
+    if transition is not None:
+        return result(job_id, transition)
+    fetched: Any = tuple(result(job_id, states.completed()).job)
+    return cast("Fetched", fetched)
 
 
 def make_completer(own: OwnConnection, told: Callable[[int, JobState], object] = lambda _id, _state: None) -> Completer:
     """A completer whose thread is the test; *told* of the id of each job that it wrote, and of what it came to."""
 
-    def completed(rows: Sequence[JobRow]) -> None:
+    def completed(rows: Sequence[Fetched]) -> None:
         for row in rows:
-            told(row.id, JobState.COMPLETED)
+            told(row[ID], JobState.COMPLETED)
 
     def written(results: Sequence[Result], states: Sequence[JobState]) -> None:
         for result, state in zip(results, states, strict=True):
@@ -297,11 +300,15 @@ def make_completer(own: OwnConnection, told: Callable[[int, JobState], object] =
 
 
 def make_fetcher(own: OwnConnection, delivered: list[JobRow], **said: Any) -> Fetcher:
-    """A fetcher of the queue ``default`` with 100 slots, whose thread is the test."""
+    """A fetcher of the queue ``default`` with 100 slots, whose thread is the test; what it brings is *delivered*."""
+
+    def deliver(rows: list[Fetched]) -> None:
+        delivered.extend(map(row_of, rows))
+
     asked: dict[str, Any] = {
         "slots": {"default": 100},
         "kinds": lambda: [Count.kind],
-        "deliver": delivered.extend,
+        "deliver": deliver,
         "give_back": str,
         "ready": lambda: True,
         "written": lambda: True,

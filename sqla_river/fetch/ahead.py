@@ -12,6 +12,10 @@ MOST: Final = 3_000
 """Jobs of a queue that wait at most: three fetches."""
 WINDOW: Final = 0.010
 """Seconds over which a rate is taken."""
+FIRST: Final = 20
+"""Jobs, and all slots of the queue, that are to come free before the first window is over for a rate to be taken
+already: so work that begins after a rest is not fetched a few at a time.
+"""
 LATE: Final = 0.250
 """Seconds without a free slot after which what was fetched ahead goes back: the jobs of late are longer."""
 
@@ -24,12 +28,19 @@ class Ahead:
 
     def __init__(self) -> None:
         self._since = 0.0
+        self._counted = 0.0
         self._freed: dict[str, int] = {}
         self._rates: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
+    def begun(self, now: float) -> None:
+        """Jobs begin where none ran: the rest before says nothing of how soon they end."""
+        if not self._freed:
+            self._since = now
+
     def freed(self, counts: Mapping[str, int], now: float) -> None:
         """So many slots came free since the last call."""
+        self._counted = now
         for queue, count in counts.items():
             self._freed[queue] = self._freed.get(queue, 0) + count
             self._last[queue] = now
@@ -47,7 +58,10 @@ class Ahead:
         """How many jobs of *queue* may wait."""
         rate = self._rates.get(queue)
         if rate is None:
-            return 0
+            first = self._freed.get(queue, 0)
+            if first < max(slots, FIRST):
+                return 0
+            rate = first / (self._counted - self._since)
         ahead = int(rate * AHEAD)
         return min(ahead, MOST) if ahead >= slots else 0
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Final, NamedTuple
 
-from sqla_river.rows import JobRow
+from sqla_river.rows import Fetched, row_of
 from sqla_river.statements import SELECT_BOUNDS
 from sqla_river.store import OwnConnection
 
@@ -79,18 +79,19 @@ class Bounds:
         }
 
     def learn(
-        self, own: OwnConnection, asked: Mapping[str, int], rows: Sequence[JobRow], began: float, ended: float
+        self, own: OwnConnection, asked: Mapping[str, int], fetched: Sequence[Fetched], began: float, ended: float
     ) -> None:
         """Of a scan from the start, for up to *asked* rows of each queue, that took from *began* to *ended*: set bounds
         if it was wasteful, as the one before, forget them if not. One round trip if it was.
         """
-        if ended - began < max(WASTEFUL, len(rows) * WASTEFUL_PER_ROW):
+        if ended - began < max(WASTEFUL, len(fetched) * WASTEFUL_PER_ROW):
             for queue in asked:
                 self.forget(queue)
             return
         if not self._suspected.issuperset(asked):
             self._suspected.update(asked)
             return
+        rows = list(map(row_of, fetched))
         found = Counter(row.queue for row in rows)
         last = {
             queue: max(row.priority for row in rows if row.queue == queue)

@@ -4,8 +4,8 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
-from operator import attrgetter
-from typing import Any, Final, cast
+from operator import itemgetter
+from typing import Any, Final
 
 from sqlalchemy import Executable
 from sqlalchemy.exc import IntegrityError
@@ -15,7 +15,7 @@ from sqla_river.fetch.alone import Turn
 from sqla_river.fetch.bounds import Bounds
 from sqla_river.fetch.due import EVERY, DueTimer
 from sqla_river.fetch.wakeups import Wakeups
-from sqla_river.rows import JobRow
+from sqla_river.rows import QUEUE, Fetched
 from sqla_river.statements import (
     DISCARD_CONFLICTS,
     FETCH_AVAILABLE,
@@ -40,8 +40,7 @@ RESULT_EVERY: Final = 0.002
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
-_new: Final[Callable[[type[JobRow], tuple[Any, ...]], JobRow]] = cast("Any", tuple).__new__
-_queue_of, _order_of = attrgetter("queue"), attrgetter("priority", "due", "id")
+_queue_of: Final = itemgetter(QUEUE)
 
 
 class Fetcher:
@@ -67,7 +66,7 @@ class Fetcher:
         slots: Mapping[str, int],
         *,
         kinds: Callable[[], list[str]],
-        deliver: Callable[[list[JobRow]], None],
+        deliver: Callable[[list[Fetched]], None],
         give_back: Callable[[str], None],
         ready: Callable[[], bool],
         written: Callable[[], bool],
@@ -244,22 +243,19 @@ class Fetcher:
         self._hungry -= set(free) - set(map(_queue_of, rows)) - set(twice)
         return len(rows)
 
-    def _execute_fetch(self, statement: Executable, asked: Mapping[str, Any]) -> list[JobRow]:
+    def _execute_fetch(self, statement: Executable, asked: Mapping[str, Any]) -> list[Fetched]:
         self._number += 1
         token = f"{self._runner_id}/{self._number}"
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
         given = {**asked, "p_token": token}
-        tail = (token,)
-
-        def row_of(values: Any) -> JobRow:
-            return _new(JobRow, values + tail)
-
         try:
-            rows = self._own.fetch(statement, given, row_of)
+            found = self._own.fetch(statement, given)
         except IntegrityError:
             # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
             self._own.execute(DISCARD_CONFLICTS)
-            rows = self._own.fetch(statement, given, row_of)
+            found = self._own.fetch(statement, given)
+        tail = (token,)
+        rows: list[Fetched] = [values + tail for values in found]
         del self._lost[token]
         self._take(rows)
         return rows
@@ -286,9 +282,11 @@ class Fetcher:
         now = time.monotonic()
         return max(0.0, min(self.turn.wait(now), self._poll, max(self.due.at - now, EVERY)))
 
-    def _take(self, rows: list[JobRow]) -> None:
+    def _take(self, rows: list[Fetched]) -> None:
         # RETURNING comes in the order of the table.
-        rows.sort(key=_order_of)
+        rows.sort()
+        if not any(self._busy.values()):
+            self._ahead.begun(time.monotonic())
         for queue, count in Counter(map(_queue_of, rows)).items():
             self._busy[queue] += count
         self._deliver(rows)
@@ -302,7 +300,7 @@ class Fetcher:
         found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
         now = time.monotonic()
         for row in found:
-            self._take([JobRow._make(row)])
+            self._take([tuple(row)])
         for token in {row[-1] for row in found} | {token for token, until in self._lost.items() if now > until}:
             del self._lost[token]
 

@@ -10,7 +10,6 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Interval,
-    SmallInteger,
     Text,
     and_,
     bindparam,
@@ -81,15 +80,15 @@ def _is_one_of(held: Any) -> ColumnElement[bool]:
 
 
 _ids: Final = select(packed_ids("p_ids")).scalar_subquery()
+_firsts: Final = select(array_of("p_firsts", BigInteger)).scalar_subquery()
 _tokens: Final = select(array_of("p_tokens", Text)).scalar_subquery()
-_places: Final = select(packed_ids("p_places", SmallInteger)).scalar_subquery()
-_token: Final[ColumnElement[Any]] = _tokens[_places[func.width_bucket(job.c.id, _ids)]]
+_token: Final[ColumnElement[Any]] = _tokens[func.width_bucket(job.c.id, _firsts)]
 # Nobody has it locked: the last to lock it was the fetch that also wrote it.
 _unlocked: Final = literal("(river_job.xmax = '0' OR river_job.xmax = river_job.xmin)")
 
-# Caller: complete.py, the fast path: jobs that just completed. p_ids are sorted; p_places says which of p_tokens is
-# that of each. All that is asked of a row stands in the UPDATE itself, which asks again where a row has changed since
-# its snapshot, and none is locked before it is written: a quarter less than SETTLE_JOBS costs. The parameters are
+# Caller: complete.py, the fast path: jobs that just completed. p_ids are sorted; p_tokens are those of all ids from
+# each of p_firsts on. All that is asked of a row stands in the UPDATE itself, which asks again where a row has changed
+# since its snapshot, and none is locked before it is written: a quarter less than SETTLE_JOBS costs. The parameters are
 # subqueries so that they are read once, not for each row. Index: river_job_pkey. Locks: in the order of the ids; a row
 # that somebody has locked, or had, is left out, and only one that is locked in the moment between is waited for. It
 # returns how many: to return which costs 0.5 us a job, and SETTLE_JOBS tells.

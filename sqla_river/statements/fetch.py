@@ -48,18 +48,14 @@ from sqla_river.tables import river_queue, river_runner, river_suspect
 
 _expires: Final = job.c.metadata_.op("->")(literal(f"'{EXPIRES_KEY}'"))
 WORK_COLUMNS: Final = (
+    job.c.priority,
+    # Of all its forms the cheapest.
+    func.date_part(literal("'epoch'"), job.c.scheduled_at).label("due"),
     job.c.id,
     job.c.queue,
     job.c.kind,
     job.c.attempt,
     job.c.max_attempts,
-    job.c.priority,
-    # For the order of those that wait: of all its forms the cheapest. Infinity has none, and must not raise.
-    cast(
-        func.date_part(literal("'epoch'"), func.least(func.greatest(job.c.scheduled_at, literal("'epoch'")), NOW))
-        * literal("1e6"),
-        BigInteger,
-    ).label("due"),
     cast(job.c.args, Text),
     cast(job.c.metadata_, Text),
     # Compared as jsonb, which never raises, whatever somebody put there. The key is looked for first: to build what it

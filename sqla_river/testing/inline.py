@@ -260,7 +260,7 @@ def loose_row(row: InsertRow, attempt: int) -> JobRow:
     """*row* as a fetch would bring it, without a database."""
     metadata = json_text("metadata", dict(row.metadata))
     args = row.args.decode()
-    return JobRow(1, row.queue, row.kind, attempt, row.max_attempts, row.priority, 0, args, metadata, None, "test/1")
+    return JobRow(row.priority, 0, 1, row.queue, row.kind, attempt, row.max_attempts, args, metadata, None, "test/1")
 
 
 def check_limit(limit: int, worked: list[Worked]) -> None:

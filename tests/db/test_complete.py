@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from sqla_river import states
 from sqla_river.complete import LARGEST_BACKLOG, LARGEST_BATCH, Completer, complete_parameters, settle_parameters
 from sqla_river.context import JobContext
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, Fetched, Result
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState
 from sqla_river.store import OwnConnection
@@ -55,8 +55,8 @@ class _Told:
     def _wake(self) -> None:
         self.woken += 1
 
-    def _complete(self, rows: Sequence[JobRow]) -> None:
-        self.written += [(each.id, JobState.COMPLETED) for each in rows]
+    def _complete(self, rows: Sequence[Fetched]) -> None:
+        self.written += [(each[ID], JobState.COMPLETED) for each in rows]
 
     def _write(self, results: Sequence[Result], states: Sequence[JobState]) -> None:
         self.written += [(each.job.id, state) for each, state in zip(results, states, strict=True)]

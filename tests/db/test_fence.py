@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from sqla_river import failure, states
 from sqla_river.complete import complete_parameters, settle_parameters
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import Fetched, Result
 from sqla_river.statements import COMPLETE_JOBS, SELECT_HELD, SELECT_LOST, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.store import OwnConnection
@@ -36,7 +36,7 @@ def _write(own: OwnConnection, job_id: int, token: str, transition: Transition) 
     return own.execute(SETTLE_JOBS, settle_parameters([(job_id, token, transition)])).rowcount
 
 
-def _ended(job_id: int, outcome: str) -> Result | JobRow:
+def _ended(job_id: int, outcome: str) -> Result | Fetched:
     return ended(job_id, None if outcome == JUST_COMPLETED else OUTCOMES[outcome])
 
 
@@ -144,6 +144,20 @@ def test_two_jobs_never_answer_for_each_other(engine: Engine) -> None:
         ).all()
 
     assert (completed, held, settled) == (0, [], [])
+
+
+def test_of_many_fetches_in_one_batch_each_job_answers_to_its_own(engine: Engine) -> None:
+    tokens = [f"test/{1 + number % 7 % 3}" for number in range(60)]
+    given = [(make_job(engine, state=JobState.RUNNING, token=token), token) for token in tokens]
+    wrong = {job_id: "test/9" if job_id % 2 else "test/1" for job_id, token in given[::4] if token == "test/2"}
+
+    with opened(engine) as own:
+        asked = complete_parameters((job_id, wrong.get(job_id, token)) for job_id, token in reversed(given))
+        completed = own.execute(COMPLETE_JOBS, asked).rowcount
+
+    assert 0 < completed == len(given) - len(wrong) < len(given)
+    for job_id, _ in given:
+        assert read_job(engine, job_id)["state"] == ("running" if job_id in wrong else "completed")
 
 
 def test_a_lost_fetch_is_looked_for_by_its_own_token(engine: Engine) -> None:

@@ -8,13 +8,15 @@ from datetime import timedelta
 from typing import Any, Final, Literal
 
 import pytest
-from sqlalchemy import Connection, Engine, Executable
+from psycopg import ClientCursor
+from psycopg.pq import Format
+from sqlalchemy import Connection, Engine, Executable, create_engine
 from sqlalchemy.exc import OperationalError
 
 from sqla_river import states
 from sqla_river.context import JobContext
 from sqla_river.fetch import LARGEST_FETCH
-from sqla_river.rows import JobRow, Result
+from sqla_river.rows import ID, QUEUE, TOKEN, Fetched, JobRow, Result
 from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.states import JobState
 from sqla_river.store import OwnConnection
@@ -47,6 +49,24 @@ def _ids(rows: list[JobRow]) -> list[int]:
     return [row.id for row in rows]
 
 
+# ---- how it is read -----------------------------------------------------------------
+
+
+def test_what_is_fetched_comes_in_binary_unless_the_user_has_cursors_of_his_own(engine: Engine) -> None:
+    client = create_engine(engine.url, connect_args={"cursor_factory": ClientCursor})  # which can only do text
+    ids = make_jobs(engine, 2)
+    formats: list[Format] = []
+    for each in (engine, client):
+        own = OwnConnection(each, None, "test", binary=True)
+        formats.append(own.raw.cursor().format)
+        rows = own.fetch(FETCH_AVAILABLE, _asked({"default": 1}))
+        own.close()
+        assert [row[ID] for row in rows] == [ids.pop(0)]
+    client.dispose()
+
+    assert formats == [Format.BINARY, Format.TEXT]
+
+
 # ---- what is taken ------------------------------------------------------------------
 
 
@@ -71,7 +91,7 @@ def test_a_fetched_row_brings_what_a_slot_needs(engine: Engine) -> None:
     with opened(engine) as own:
         (row,) = fetch(own, "runner/5", slots={"q": 1})
 
-    assert row[:6] == (job_id, "q", "count", 3, 9, 3)
+    assert (row.id, row.queue, row.kind, row.attempt, row.max_attempts, row.priority) == (job_id, "q", "count", 3, 9, 3)
     assert row.token == "runner/5"
     assert (row.args, row.metadata) == ('{"more": [1, {"é": null}], "number": 7}', '{"m": 1}')
     assert read_job(engine, job_id)["token"] == "runner/5"
@@ -382,7 +402,7 @@ def test_one_fetch_is_never_larger_than_its_bound(engine: Engine) -> None:
     make_jobs(engine, LARGEST_FETCH + 200)
     sizes: list[int] = []
 
-    def deliver(rows: list[JobRow]) -> None:
+    def deliver(rows: list[Fetched]) -> None:
         sizes.append(len(rows))
 
     with opened(engine) as own:
@@ -395,16 +415,16 @@ def test_one_fetch_is_never_larger_than_its_bound(engine: Engine) -> None:
 
 def test_no_token_is_used_twice(engine: Engine) -> None:
     make_jobs(engine, 20)
-    fetches: list[list[JobRow]] = []
+    fetches: list[list[Fetched]] = []
 
     with opened(engine) as own:
         fetcher = make_fetcher(own, [], slots={"default": 1}, deliver=fetches.append)
         while sum(map(len, fetches)) < 20:
             fetcher.step()
             for row in fetches[-1]:
-                fetcher.freed(row.queue)
+                fetcher.freed(row[QUEUE])
 
-    tokens = [{row.token for row in rows} for rows in fetches if rows]
+    tokens = [{row[TOKEN] for row in rows} for rows in fetches if rows]
     assert {len(each) for each in tokens} == {1}
     assert len(set[str]().union(*tokens)) == len(tokens) > 1
 

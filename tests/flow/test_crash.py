@@ -59,8 +59,8 @@ def killed(self, statement, parameters=None):
         die()
     return answer
 
-def fetched(self, statement, parameters, make):
-    rows = fetch(self, statement, parameters, make)
+def fetched(self, statement, parameters):
+    rows = fetch(self, statement, parameters)
     if rows and statement in (FETCH_AVAILABLE, FETCH_UNSUSPECTED) and moment == "between fetch and start" and is_time():
         die()
     return rows

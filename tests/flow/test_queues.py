@@ -14,6 +14,7 @@ from sqla_river import JobContext, pause, resume
 from sqla_river.duties.rescue import Isolate
 from sqla_river.errors import QueueNotFoundError
 from sqla_river.incarnation import Incarnation
+from sqla_river.rows import ID
 from sqla_river.runner import Runner
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, count_states, eventually, fetch, make_job, make_jobs, opened, read_job
@@ -309,7 +310,7 @@ def test_what_has_not_begun_and_has_no_slot_any_more_goes_back_with_its_attempt(
     stations.completer.close()
 
     assert ids == [1, 2, 3]
-    assert [row.id for row in waiting] == stay
+    assert [row[ID] for row in waiting] == stay
     for job_id in ids:
         row = read_job(engine, job_id)
         left = (row["state"], row["attempt"], row["errors"])

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from sqla_river.admission import Admission
-from sqla_river.rows import JobRow
+from sqla_river.rows import ID, QUEUE, Fetched, JobRow
 
 QUEUES = ("a", "b")
 
 
 def _row(number: int, queue: str = "a") -> JobRow:
-    return JobRow(number, queue, "count", 1, 25, 1, 0, "{}", "{}", None, "runner/1")
+    return JobRow(1, 0.0, number, queue, "count", 1, 25, "{}", "{}", None, "runner/1")
 
 
 def test_as_many_begin_as_there_are_slots_and_each_that_leaves_lets_the_next_begin() -> None:
@@ -33,13 +33,14 @@ class Slots(RuleBasedStateMachine):
         super().__init__()
         self.slots = {"a": 2, "b": 1}
         self.admission = Admission(self.slots)
-        self.running: dict[str, list[JobRow]] = {queue: [] for queue in QUEUES}
+        self.running: dict[str, list[Fetched]] = {queue: [] for queue in QUEUES}
         self.waiting: dict[str, list[JobRow]] = {queue: [] for queue in QUEUES}
         self.number = 0
 
-    def _begun(self, row: JobRow) -> None:
-        assert len(self.running[row.queue]) < self.slots.get(row.queue, 0)
-        self.running[row.queue].append(row)
+    def _begun(self, row: Fetched) -> None:
+        queue = row[QUEUE]
+        assert len(self.running[queue]) < self.slots.get(queue, 0)
+        self.running[queue].append(row)
 
     @rule(queue=st.sampled_from(QUEUES), count=st.integers(1, 4))
     def come(self, queue: str, count: int) -> None:
@@ -90,11 +91,11 @@ def test_no_job_is_forgotten_nor_begins_twice_however_many_threads_work(slots: i
     over: list[int] = []
     lock = threading.Lock()
 
-    def work(row: JobRow | None) -> None:
+    def work(row: Fetched | None) -> None:
         while row is not None:
             with lock:
                 running["a"] += 1
-                begun.append(row.id)
+                begun.append(row[ID])
                 over.append(running["a"])
             with lock:
                 running["a"] -= 1

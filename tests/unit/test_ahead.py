@@ -2,7 +2,7 @@
 
 import pytest
 
-from sqla_river.fetch.ahead import AHEAD, LATE, MOST, Ahead
+from sqla_river.fetch.ahead import AHEAD, FIRST, LATE, MOST, WINDOW, Ahead
 
 
 def _after(rate: float, seconds: float = 0.2, every: float = 0.005) -> tuple[Ahead, float]:
@@ -39,6 +39,26 @@ def test_what_was_known_before_a_pause_counts_no_more() -> None:
     ahead.freed({}, now + 1)
 
     assert ahead.of("a", 100) == 0
+
+
+def test_after_a_rest_a_turn_of_all_slots_says_enough() -> None:
+    ahead, now = _after(20_000)
+    ahead.freed({}, now + 60)
+    ahead.begun(now + 120)
+    ahead.freed({"a": 50, "b": FIRST - 1}, now + 120 + WINDOW / 4)
+
+    assert ahead.of("a", 50) == pytest.approx(50 / (WINDOW / 4) * AHEAD, abs=1)
+    assert ahead.of("a", 51) == 0
+    assert ahead.of("b", 1) == 0
+
+
+def test_jobs_that_begin_while_others_are_counted_do_not_hide_those() -> None:
+    ahead = Ahead()
+    for step in range(40):
+        ahead.begun(100 + step * WINDOW / 4)
+        ahead.freed({"a": 100}, 100 + (step + 1) * WINDOW / 4)
+
+    assert ahead.of("a", 100) == pytest.approx(min(100 / (WINDOW / 4) * AHEAD, MOST), rel=0.1)
 
 
 def test_jobs_wait_too_long_once_no_slot_comes_free() -> None:

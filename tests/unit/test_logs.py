@@ -12,7 +12,7 @@ from sqla_river.logs import Log, one_line, without_passwords
 from sqla_river.rows import JobRow
 
 EVIL = "two\nlines\r\x1b[31mred\x9b\u2028end\x00"
-ROW = JobRow(7, "mail\nbox", "evil\x1b[2J", 2, 25, 1, 0, "{}", "{}", None, "host:1:00/3")
+ROW = JobRow(1, 0.0, 7, "mail\nbox", "evil\x1b[2J", 2, 25, "{}", "{}", None, "host:1:00/3")
 log = Log("sqla_river.tried")
 
 

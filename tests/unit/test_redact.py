@@ -42,7 +42,7 @@ class Pay:
 
 def job_of(args: Pay) -> JobContext[Pay]:
     raw = DEFAULT_CODEC.encode(args).decode()
-    return JobContext(JobRow(1, "default", "pay", 1, 25, 1, 0, raw, "{}", None, "r/1"), args)
+    return JobContext(JobRow(1, 0.0, 1, "default", "pay", 1, 25, raw, "{}", None, "r/1"), args)
 
 
 @pytest.mark.parametrize(
