@@ -120,12 +120,14 @@ class Completer:
         self._idle = False
         if not self._taken:
             self._take()
-        full = not self.ready
+        crowded = False
         if self._taken:
             self._write(self._taken, _FIRST_RETRY)
+            # Half is enough: there may have been too many at any moment since the last batch.
+            crowded = len(self._results) + len(self._taken) >= LARGEST_BACKLOG / 2
             self._taken = []
         self._retry(time.monotonic())
-        if full and self.ready:
+        if crowded and self.ready:
             self._relieved()
         if self._progress and time.monotonic() >= self._noted_at + NOTE_EVERY:
             self._note()

@@ -214,6 +214,8 @@ class OwnConnection:
             self._connection = connection = self._engine.connect()
             try:
                 self._raw = connection.connection.dbapi_connection
+                if getattr(self._raw, "prepare_threshold", None) is not None:  # else it must not, or another driver
+                    self._raw.prepare_threshold = 0  # all that runs here runs again
                 if self._binary:
                     _ask_for_binary(self._raw)
                 connection.execution_options(isolation_level="AUTOCOMMIT")

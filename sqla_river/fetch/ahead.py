@@ -13,7 +13,7 @@ MOST: Final = 3_000
 WINDOW: Final = 0.010
 """Seconds over which a rate is taken."""
 FIRST: Final = 20
-"""Jobs, and all slots of the queue, that are to come free before the first window is over for a rate to be taken
+"""Slots, and half of those of the queue, that are to come free before the first window is over for a rate to be taken
 already: so work that begins after a rest is not fetched a few at a time.
 """
 LATE: Final = 0.250
@@ -59,7 +59,7 @@ class Ahead:
         rate = self._rates.get(queue)
         if rate is None:
             first = self._freed.get(queue, 0)
-            if first < max(slots, FIRST):
+            if first < max(slots / 2, FIRST):
                 return 0
             rate = first / (self._counted - self._since)
         ahead = int(rate * AHEAD)

@@ -123,6 +123,30 @@ def test_ten_thousand_unwritten_results_stop_the_fetch_until_they_are_fewer(engi
     assert told.completer.stale == LARGEST_BATCH
 
 
+def test_a_fetch_that_was_stopped_while_a_batch_was_being_written_goes_on_after_it(engine: Engine) -> None:
+    (job_id,) = make_jobs(engine, state=JobState.RUNNING)
+    full: list[bool] = []
+    relieved: list[bool] = []
+
+    def written(_: object) -> None:  # not forgotten yet: meanwhile the slots go on
+        for number in range(LARGEST_BACKLOG - 1):
+            completer.put(result(number + 2, states.completed()))
+        full.append(not completer.ready)
+
+    with opened(engine) as own:
+        completer = Completer(
+            own,
+            wake=lambda: None,
+            completed=written,
+            written=lambda _results, _states: None,
+            relieved=lambda: relieved.append(completer.ready),
+        )
+        completer.put(ended(job_id, None))
+        completer.step()
+
+    assert (full, relieved) == ([True], [True])
+
+
 def test_a_step_with_nothing_to_do_asks_nothing(engine: Engine) -> None:
     with opened(engine) as own:
         told = _Told(own)
