@@ -1,4 +1,4 @@
-"""A decoder in C for plain classes, where msgspec is installed: a seventh of the time of ours."""
+"""A decoder in C for plain classes, where msgspec is installed: a fifth of the time of ours."""
 
 import inspect
 from collections.abc import Callable
@@ -34,9 +34,10 @@ def quick_decoder(cls: type) -> Callable[[str | bytes], Any] | None:
 
 
 def _is_plain(kind: Any) -> bool:
-    if get_origin(kind) in {Union, UnionType}:
-        return set(get_args(kind)) - {NoneType} <= _PLAIN and len(get_args(kind)) == 1 + (NoneType in get_args(kind))
-    return kind in _PLAIN
+    """Whether *kind* is one of them, or that and None."""
+    members = set(get_args(kind)) if get_origin(kind) in {Union, UnionType} else {kind}
+    members.discard(NoneType)
+    return len(members) == 1 and members <= _PLAIN
 
 
 def _only_keeps(cls: Any) -> bool:

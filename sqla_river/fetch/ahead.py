@@ -61,7 +61,7 @@ class Ahead:
             first = self._freed.get(queue, 0)
             if first < max(slots / 2, FIRST):
                 return 0
-            rate = first / (self._counted - self._since)
+            rate = first / max(self._counted - self._since, WINDOW / 10)
         ahead = int(rate * AHEAD)
         return min(ahead, MOST) if ahead >= slots else 0
 
