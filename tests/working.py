@@ -134,3 +134,17 @@ def quietly(act: Callable[[], object]) -> None:
     """Do it, whatever comes of it."""
     with contextlib.suppress(BaseException):
         act()
+
+
+def backends(engine: Engine, role: str = "%", *, kill: bool = False) -> int:
+    """How many connections runners have for *role*; killed if asked for, and gone when this returns."""
+    what = "pg_terminate_backend(pid, 5000)" if kill else "pid"
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text(
+                f"SELECT {what} FROM pg_stat_activity WHERE datname = current_database() "
+                "AND application_name LIKE :name AND pid <> pg_backend_pid()"
+            ),
+            {"name": f"sqla\\_river:{role}:%"},
+        )
+        return len(rows.all())

@@ -1,4 +1,4 @@
-"""What a stop does to async and transactional handlers; test_runner.py has the laws of plain ones."""
+"""What a stop does to async and transactional handlers; test_runner_stop.py has the laws of plain ones."""
 
 import asyncio
 import contextlib

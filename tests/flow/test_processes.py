@@ -1,0 +1,221 @@
+"""Runners in processes of their own, with real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import pytest
+from sqlalchemy import Engine
+
+import sqla_river
+from sqla_river import Runner, Workers
+from sqla_river.errors import RunnerError
+from tests.making import (
+    Gate,
+    count_states,
+    eventually,
+    make_job,
+    make_jobs,
+    read_job,
+    read_jobs,
+)
+from tests.working import backends, handling, put
+
+ROOT: Final = Path(sqla_river.__file__).parent.parent
+
+
+PROGRAM: Final = """
+import logging, sys, threading, time
+from datetime import timedelta
+from sqlalchemy import create_engine
+from sqla_river import Runner, Workers
+from tests.making import Count
+
+url, manner, stop_timeout = sys.argv[1:]
+logging.basicConfig(level=logging.INFO)
+workers = Workers()
+
+@workers.register(Count)
+def work(job):
+    if manner == "quick":
+        time.sleep(0.002)
+        return
+    sys.stdout.write("begun\\n")
+    sys.stdout.flush()
+    if manner == "polite":
+        job.cancelled.wait()
+        raise RuntimeError("told to stop")
+    elif manner == "slow":
+        time.sleep(0.5)
+    else:
+        threading.Event().wait()
+
+Runner(create_engine(url), workers, queues={"default": 8}, stop_timeout=timedelta(seconds=float(stop_timeout))).run()
+print("done", flush=True)
+"""
+Manner = Literal["quick", "polite", "slow", "deaf"]
+
+
+@contextmanager
+def process(url: str, manner: Manner, stop_timeout: float) -> Generator["subprocess.Popen[str]"]:
+    """A process of its own in which a runner runs."""
+    command = [sys.executable, "-c", PROGRAM, url, manner, str(stop_timeout)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        watchdog = threading.Timer(60, running.kill)
+        watchdog.start()
+        try:
+            yield running
+        finally:
+            watchdog.cancel()
+            running.kill()
+
+
+def has_begun(running: "subprocess.Popen[str]", jobs: int) -> None:
+    """Wait until the handlers of so many jobs run."""
+    assert running.stdout is not None
+    read: list[str] = []
+    while read.count("begun\n") < jobs:
+        read.append(running.stdout.readline())
+        assert read[-1], "".join(read)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_stops_the_process_and_leaves_nothing_running(
+    url: str, engine: Engine, number: signal.Signals
+) -> None:
+    make_jobs(engine, 5_000)
+
+    with process(url, "quick", 20) as running:
+        eventually(lambda: count_states(engine).get("completed", 0) >= 200, within=30, what="some work")
+        running.send_signal(number)
+        output, _ = running.communicate(timeout=20)
+
+    assert running.returncode == 0, output
+    assert output.endswith("done\n")
+    assert set(count_states(engine)) == {"completed", "available"}
+    assert {row["attempt"] for row in read_jobs(engine) if row["state"] == "available"} == {0}
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT id FROM river_runner").all() == []
+
+
+def test_running_jobs_finish_before_a_process_ends(url: str, engine: Engine) -> None:
+    make_jobs(engine, 8)
+
+    with process(url, "slow", 20) as running:
+        has_begun(running, 8)
+        running.terminate()
+        output, _ = running.communicate(timeout=20)
+
+    assert running.returncode == 0, output
+    assert count_states(engine) == {"completed": 8}
+
+
+def test_a_second_signal_interrupts_the_running_jobs(url: str, engine: Engine) -> None:
+    make_jobs(engine, 8)
+
+    with process(url, "polite", 60) as running:
+        has_begun(running, 8)
+        running.terminate()
+        eventually(lambda: backends(engine, "fetch") == 0, what="the fetch to end")
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=10)
+
+    assert running.returncode == 0, output
+    assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
+
+
+def test_handlers_that_ignore_everything_are_left_behind(url: str, engine: Engine) -> None:
+    make_jobs(engine, 8)
+
+    with process(url, "deaf", 0.2) as running:
+        has_begun(running, 8)
+        began = time.monotonic()
+        running.terminate()
+        output, _ = running.communicate(timeout=20)
+        took = time.monotonic() - began
+
+    assert running.returncode == 0, output
+    assert took < 0.2 + 6 + 1
+    assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
+
+
+def test_a_third_signal_leaves_them_behind_at_once(url: str, engine: Engine) -> None:
+    make_jobs(engine, 8)
+
+    with process(url, "deaf", 60) as running:
+        has_begun(running, 8)
+        running.terminate()
+        eventually(lambda: backends(engine, "fetch") == 0, what="the fetch to end")
+        began = time.monotonic()
+        running.send_signal(signal.SIGTERM)
+        running.send_signal(signal.SIGINT)  # another one: two of a kind may be taken as one
+        output, _ = running.communicate(timeout=20)
+        took = time.monotonic() - began
+
+    assert running.returncode == 0, output
+    assert took < 4
+    assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
+
+
+def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            Runner(engine, Workers(), queues={"default": 1}).run()
+        except RunnerError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+
+    assert "main thread" in str(failures[0])
+
+
+def test_run_gives_the_signals_back(engine: Engine) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    gate = Gate(opened=True)
+    put(engine, 1)
+    runner = Runner(engine, handling(gate), queues={"default": 1})
+
+    def end() -> None:
+        gate.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    runner.run()
+    ending.join()
+
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert runner.id is None
+
+
+def test_what_is_asked_of_a_run_is_as_far_as_it_goes_however_often(engine: Engine) -> None:
+    gate = Gate()
+    job_id = make_job(engine)
+    runner = Runner(engine, handling(gate), queues={"default": 1})
+
+    def end() -> None:
+        gate.wait()
+        for _ in range(3):
+            runner.ask(2)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    runner.run()
+    ending.join()
+
+    assert gate.reasons == ["stop"]
+    assert (read_job(engine, job_id)["state"], read_job(engine, job_id)["attempt"]) == ("available", 0)
