@@ -178,7 +178,7 @@ class Incarnation:
         self._completing = loop("sqla_river-complete", self.completer.step, self._flush)
         self._beating = loop("sqla_river-heartbeat", self._beat, self._heart.leave, longest=min(5.0, orders.heartbeat))
         self._maintaining = loop("sqla_river-duties", self._maintain, duties.close)
-        self._watching = loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
+        self._watching: Loop = loop("sqla_river-watch", lambda: self._watch.step(self.executor.running))
         self._stop = Stop(self._held, self.executor, self.completer, self._fetching, self._completing, self.id)
 
     # ---- the arrows between the stations ------------------------------------------------------------

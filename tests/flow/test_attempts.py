@@ -256,9 +256,11 @@ GARBAGE: Final[list[Any]] = [
 
 
 def test_a_handler_that_returns_anything_else_has_failed(engine: Engine) -> None:
-    put(engine, *range(len(GARBAGE)))
+    def gives(job: JobContext[Count]) -> Any:
+        return GARBAGE[job.args.number]
 
-    with working(engine, lambda job: GARBAGE[job.args.number], 2):
+    put(engine, *range(len(GARBAGE)))
+    with working(engine, gives, 2):
         eventually(all_are(engine, "retryable", len(GARBAGE)))
 
     for row in read_jobs(engine):

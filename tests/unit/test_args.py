@@ -39,13 +39,16 @@ def name_of(value: Any) -> str:
         return type(value).__name__
 
 
-@pytest.fixture(autouse=True, params=["orjson", "stdlib"])
+@pytest.fixture(autouse=True, params=["msgspec", "orjson", "stdlib"])
 def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DEFAULT_CODEC, "_quick", {})
+    if request.param != "msgspec":
+        monkeypatch.setattr(args_module, "quick_decoder", dict[type, Any]().get)
     if request.param == "stdlib":
         monkeypatch.setattr(args_module, "_fast_dumps", None)
         monkeypatch.setattr(args_module, "_fast_loads", None)
     else:
-        pytest.importorskip("orjson")
+        pytest.importorskip(request.param)
 
 
 def make(annotation: Any, name: str = "x", **field: Any) -> type[Any]:
