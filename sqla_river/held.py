@@ -246,8 +246,9 @@ class Held:
     # ---- the slots --------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Say so if a handler blocks the event loop."""
+        """Say so if a handler blocks the event loop, and see that threads are called for what waits."""
         self._event_loop.look()
+        self._threads.look()
 
     def stop(self) -> None:
         """Let the slots end, each after what it is doing."""

@@ -83,13 +83,17 @@ class Threads:
             thread = threading.Thread(target=self._run, name=f"{self._name}-{self._made}", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # those that there are go on
+        except RuntimeError as error:
             with self._lock:
                 self._made -= 1
-            if not self._made:
+            if not self._made:  # else those that there are go on
                 self._calling = False
-                raise
             log.warning("%d slots have no thread: %s", self._most - self._made, error, runner=self._runner)
+
+    def look(self) -> None:
+        """Call once more for rows that wait, should no thread have been made for them. Called about every second."""
+        if self._waiting:
+            self._call()
 
     def _await_call(self) -> bool:
         """Sleep until the calling thread is called; False if it is to end.
