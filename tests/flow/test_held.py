@@ -79,7 +79,7 @@ def test_one_job_needs_one_thread(engine: Engine) -> None:
         put(engine, 0)
         eventually(lambda: count_states(engine) == {"completed": 1})
 
-        assert slot_threads() == 1
+        eventually(lambda: slot_threads() == 1, what="one thread, once those of other tests have ended")
 
 
 def test_as_many_threads_as_slots_run_handlers_that_wait_for_each_other(engine: Engine) -> None:
@@ -92,7 +92,7 @@ def test_as_many_threads_as_slots_run_handlers_that_wait_for_each_other(engine: 
     with working(engine, meet, queues={"default": 20}):
         eventually(lambda: count_states(engine) == {"completed": 60})
 
-        assert slot_threads() == 20
+        eventually(lambda: slot_threads() == 20, what="as many threads, once those of other tests have ended")
 
 
 def test_a_slot_for_which_no_thread_can_be_made_is_filled_by_the_others_or_later(
