@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_river import logs
@@ -14,6 +15,9 @@ from sqla_river.schema import create_all
 from tests.database import catalog, emptied_tables, end_others, name_exists
 
 _numbers = itertools.count()
+
+settings.register_profile("without a clock", deadline=None)  # what a crowded machine takes is no law
+settings.load_profile("without a clock")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
