@@ -303,10 +303,10 @@ class Incarnation:
         return self._heart.step()
 
     def _maintain(self) -> float:
-        """The duties, `DUTIES_AFTER` the first fetch."""
-        if not self.started:
+        """The duties, `DUTIES_AFTER` the first fetch; never before this runner stands in the table."""
+        if not (self.started and self._heart.beaten):
             return 0.1
-        left = self._fetching.started + DUTIES_AFTER - time.monotonic()
+        left = self._fetching.began + DUTIES_AFTER - time.monotonic()
         return left if left > 0 else self.turns.step()
 
     def loops(self) -> dict[str, tuple[float, float]]:

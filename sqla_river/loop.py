@@ -72,8 +72,8 @@ class Loop:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._backoff = Backoff(log, name, longest)
-        self.started = math.inf
-        """When (monotonic)."""
+        self.began = math.inf
+        """When it was started (monotonic); infinite before that."""
         self.turned = self.moved = time.monotonic()
         """When the thread last showed that it does not hang, and when a step last came to a good end, or the loop had
         nothing to do after one (monotonic).
@@ -88,7 +88,7 @@ class Loop:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        self.started = self.turned = self.moved = time.monotonic()
+        self.began = self.turned = self.moved = time.monotonic()
         self._thread.start()
 
     def wake(self) -> None:
