@@ -91,9 +91,10 @@ class Threads:
             log.warning("%d slots have no thread: %s", self._most - self._made, error, runner=self._runner)
 
     def look(self) -> None:
-        """Call once more for rows that wait, should no thread have been made for them. Called about every second."""
+        """Try once more to make a thread for rows that wait, should it have failed. Called about every second."""
         if self._waiting:
             self._call()
+            self._make_one()
 
     def _await_call(self) -> bool:
         """Sleep until the calling thread is called; False if it is to end.

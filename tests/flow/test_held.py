@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 
 from sqla_river import JobContext, incarnation
 from sqla_river.held import Held
@@ -95,9 +95,7 @@ def test_as_many_threads_as_slots_run_handlers_that_wait_for_each_other(engine: 
         eventually(lambda: slot_threads() == 20, what="as many threads, once those of other tests have ended")
 
 
-def test_a_slot_for_which_no_thread_can_be_made_is_filled_by_the_others_or_later(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slot_for_which_no_thread_can_be_made_gets_one_later(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     start, most = threading.Thread.start, [0]
 
     def refuse(thread: threading.Thread) -> None:
@@ -112,10 +110,22 @@ def test_a_slot_for_which_no_thread_can_be_made_is_filled_by_the_others_or_later
     make_jobs(engine, 10)
     with working(engine, gate, queues={"default": 10}):
         assert refused.wait(30)
-        most[0] = 3
-        gate.wait(3)
+        for now in (3, 10):
+            most[0] = now
+            gate.wait(now)
         gate.open()
         eventually(lambda: count_states(engine) == {"completed": 10})
+
+
+def test_no_duty_is_looked_at_before_the_runner_stands_in_the_table() -> None:
+    stations = Incarnation(
+        Runner(
+            create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"), handling(nothing), queues={"default": 1}
+        )._orders
+    )
+    stations.started, stations._fetching.began = True, 0.0  # as after ten seconds without a database
+
+    assert stations._maintain() == 0.1
 
 
 def test_duties_come_after_what_waited_for_the_start(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
