@@ -249,7 +249,7 @@ class Executor:
         """The row change for what a handler returned."""
         metadata = staged_metadata(attempt)
         if outcome is None:
-            return _COMPLETED if metadata is None else states.completed(metadata)
+            return states.completed(metadata)
         return wish(attempt.row.attempt, outcome, metadata, attempt.redact)
 
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:

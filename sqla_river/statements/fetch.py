@@ -49,7 +49,7 @@ from sqla_river.tables import river_queue, river_runner, river_suspect
 _expires: Final = job.c.metadata_.op("->")(literal(f"'{EXPIRES_KEY}'"))
 WORK_COLUMNS: Final = (
     job.c.priority,
-    # Of all its forms the cheapest.
+    # For the order of those that wait: of all its forms the cheapest, and one that infinity has too.
     func.date_part(literal("'epoch'"), job.c.scheduled_at).label("due"),
     job.c.id,
     job.c.queue,
