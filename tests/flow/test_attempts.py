@@ -327,57 +327,6 @@ def test_args_that_never_decode_are_discarded_at_last(engine: Engine) -> None:
         eventually(lambda: read_job(engine, broken)["state"] == "discarded", what="the broken one")
 
 
-@pytest.mark.parametrize("whose", ["worker", "runner"])
-def test_a_timeout_is_told_to_the_handler(engine: Engine, whose: str) -> None:
-    gate = Gate()
-    timeout = timedelta(milliseconds=100)
-    job_id = make_job(engine)
-
-    workers = handling(gate, timeout=timeout if whose == "worker" else None)
-    with working(engine, workers, timeout=timeout if whose == "runner" else None):
-        eventually(lambda: read_job(engine, job_id)["state"] == "retryable", what="the timeout")
-
-    assert gate.reasons == ["timeout"]
-    assert read_job(engine, job_id)["attempt"] == 1
-
-
-def test_a_handler_that_returns_after_its_timeout_has_completed(engine: Engine) -> None:
-    reasons: list[Any] = []
-
-    def handler(job: JobContext[Count]) -> None:
-        assert job.cancelled.reason is None
-        assert job.cancelled.wait(10)
-        reasons.append(job.cancelled.reason)
-
-    row = outcome(engine, handler, timeout=timedelta(milliseconds=50))
-
-    assert reasons == ["timeout"]
-    assert row["state"] == "completed"
-
-
-def test_timeouts_are_kept_in_their_order(engine: Engine) -> None:
-    ended: list[int] = []
-
-    workers = Workers()
-
-    @workers.register(Count, timeout=timedelta(seconds=0.5))
-    def slow(job: JobContext[Count]) -> None:
-        job.cancelled.wait(10)
-        ended.append(1)
-
-    @workers.register(Greet, timeout=timedelta(seconds=0.1))
-    def quick(job: JobContext[Greet]) -> None:
-        job.cancelled.wait(10)
-        ended.append(0)
-
-    make_job(engine)
-    make_job(engine, kind="greet", args={"name": "x"})
-    with working(engine, workers):
-        eventually(all_are(engine, "completed", 2))
-
-    assert ended == [0, 1]
-
-
 def test_metadata_is_read_and_stored_with_the_outcome(engine: Engine) -> None:
     seen: list[Any] = []
 
