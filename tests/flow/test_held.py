@@ -118,11 +118,8 @@ def test_a_slot_for_which_no_thread_can_be_made_gets_one_later(engine: Engine, m
 
 
 def test_no_duty_is_looked_at_before_the_runner_stands_in_the_table() -> None:
-    stations = Incarnation(
-        Runner(
-            create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none"), handling(nothing), queues={"default": 1}
-        )._orders
-    )
+    away = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    stations = Incarnation(Runner(away, handling(nothing), queues={"default": 1})._orders)
     stations.started, stations._fetching.began = True, 0.0  # as after ten seconds without a database
 
     assert stations._maintain() == 0.1
