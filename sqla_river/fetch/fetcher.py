@@ -20,9 +20,7 @@ from sqla_river.statements import (
     DISCARD_CONFLICTS,
     FETCH_AVAILABLE,
     FETCH_BOUNDED,
-    FETCH_BOUNDED_UNSUSPECTED,
     FETCH_SUSPECT,
-    FETCH_UNSUSPECTED,
     SELECT_LOST,
 )
 from sqla_river.store import STATEMENT_TIMEOUT_SECONDS, OwnConnection
@@ -233,10 +231,10 @@ class Fetcher:
         bounds = {} if polling else self._bounds.of(asked, began)
         if bounds:
             given |= self._bounds.parameters(asked, bounds)
-            rows = self._execute_fetch(FETCH_BOUNDED_UNSUSPECTED if self.suspects else FETCH_BOUNDED, given)
+            rows = self._execute_fetch(FETCH_BOUNDED, given)
             self._bounds.tried(bounds, time.monotonic() - began)
         else:
-            rows = self._execute_fetch(FETCH_UNSUSPECTED if self.suspects else FETCH_AVAILABLE, given)
+            rows = self._execute_fetch(FETCH_AVAILABLE, given)
             self._bounds.learn(self._own, asked, rows, began, time.monotonic())
         # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if
         # nothing had just woken it: then a second look costs less than a job that waits for the poll.

@@ -95,11 +95,13 @@ _begins: Final = (
     .table_valued(column("priority", SmallInteger), column("since", MOMENT))
     .render_derived(name="b")
 )
-_is_suspect: Final = (
-    select(river_suspect.c.job_id)
+_may_have_company: Final = or_(
+    # Each death took an attempt that nothing gives back: a row on its first attempts needs no look.
+    w.c.attempt < SUSPICIOUS,
+    ~select(river_suspect.c.job_id)
     .where(river_suspect.c.job_id == w.c.id, river_suspect.c.deaths >= SUSPICIOUS)
     .correlate(w)
-    .exists()
+    .exists(),
 )
 
 
@@ -111,10 +113,10 @@ def first_free(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
     return _of_unpaused(_asked, found)
 
 
-def _first_free_since(*conditions: ColumnElement[bool]) -> ColumnElement[Any]:
+def _first_free_since() -> ColumnElement[Any]:
     """The same, of each priority from a time of its own on. The nested loops pull lazily: no more rows are locked."""
     row = (
-        _free_rows(_asked_since, w.c.priority == _begins.c.priority, w.c.scheduled_at >= _begins.c.since, *conditions)
+        _free_rows(_asked_since, w.c.priority == _begins.c.priority, w.c.scheduled_at >= _begins.c.since)
         .order_by(w.c.scheduled_at, w.c.id)
         .correlate(_asked_since, _begins)
         .lateral("r")
@@ -138,6 +140,7 @@ def _free_rows(asked: Any, *conditions: ColumnElement[bool]) -> Any:
             w.c.queue == asked.c.queue,
             w.c.scheduled_at <= NOW,
             w.c.kind == func.any(array_of("p_kinds", Text)),
+            _may_have_company,
             *conditions,
         )
         .limit(asked.c.slots)
@@ -176,17 +179,13 @@ def take(ctids: ColumnElement[Any]) -> Any:
 
 # Caller: fetch, once per wake-up, for all queues of a runner. Index: river_job_fetch_idx, one scan per queue; a Tid
 # Scan outside (River's CTE joins by id: 1.5 to 1.7 times the cost). Locks: up to the sum of p_slots rows, none waited
-# for. Fewer rows than asked does not mean that a queue is empty: a row may change between snapshot and lock.
+# for. Fewer rows than asked does not mean that a queue is empty: a row may change between snapshot and lock. Suspects
+# run alone, not here: what RESCUE_STUCK frees is a suspect in the snapshot that first shows it free.
 FETCH_AVAILABLE: Final = take(first_free())
-
-# The same while there are suspects: they run alone, not here.
-FETCH_UNSUSPECTED: Final = take(first_free(~_is_suspect))
 
 # Caller: fetch, where a scan from the start of a queue was wasteful. Index: river_job_fetch_idx, one scan per queue and
 # priority, from the time that SELECT_BOUNDS gave. Locks: as FETCH_AVAILABLE.
 FETCH_BOUNDED: Final = take(_first_free_since())
-# The same while there are suspects.
-FETCH_BOUNDED_UNSUSPECTED: Final = take(_first_free_since(~_is_suspect))
 
 _moment: Final = NOW - cast(bindparam("p_before", type_=Interval), Interval)
 

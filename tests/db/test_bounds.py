@@ -184,11 +184,13 @@ def test_a_bounded_fetch_locks_no_more_rows_than_it_takes(engine: Engine) -> Non
         assert _bounded(engine, {}) == jobs[3:]
 
 
-def test_a_bounded_fetch_passes_by_what_is_paused_locked_unknown_or_not_due(engine: Engine) -> None:
+def test_a_bounded_fetch_passes_by_what_is_paused_locked_unknown_not_due_or_a_suspect(engine: Engine) -> None:
     _sql(engine, "INSERT INTO river_queue (name, paused_at) VALUES ('paused', now())")
     make_job(engine, queue="paused")
     make_job(engine, kind="of_a_newer_deploy")
     make_job(engine, due_in=timedelta(hours=1))
+    suspect = make_job(engine, attempt=2)
+    _sql(engine, f"INSERT INTO river_suspect (job_id, deaths, alone) VALUES ({suspect}, 2, 0)")
     locked, free = make_jobs(engine, 2)
 
     with engine.begin() as theirs:

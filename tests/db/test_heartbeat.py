@@ -97,7 +97,7 @@ def test_a_lease_counts_from_before_the_beat_is_sent(
         assert not heart.fresh
 
 
-def test_nothing_may_be_fetched_before_the_runner_knows_of_suspects(
+def test_nothing_may_be_fetched_before_the_runner_knows_of_deaths(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []

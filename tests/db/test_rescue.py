@@ -13,10 +13,11 @@ from sqlalchemy import Engine, make_url, text
 
 from sqla_river import store
 from sqla_river.duties.rescue import BATCH, Rescue
-from sqla_river.statements import RESCUE_STUCK, UPSERT_RUNNER
+from sqla_river.statements import FETCH_SUSPECT, RESCUE_STUCK, UPSERT_RUNNER
 from sqla_river.states import JobState
 from tests.crashing import FOR_EVER, LEASE, make_heart, make_runner, new_id, runners, silence, suspects, sweep
 from tests.making import (
+    Count,
     Plan,
     count_states,
     eventually,
@@ -418,13 +419,23 @@ def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) ->
 # ---- suspects --------------------------------------------------------------------------------------------------------
 
 
+def _run_all(engine: Engine, token: str) -> None:
+    """Every job is running, suspects too."""
+    with engine.begin() as connection:
+        connection.execute(
+            text("""UPDATE river_job SET state = 'running', attempt = attempt + 1, attempted_at = now(),
+                attempted_by = array_append(attempted_by, :token)"""),
+            {"token": token},
+        )
+
+
 def test_a_job_that_met_two_deaths_is_a_suspect_until_it_has_finished(engine: Engine) -> None:
     owner = make_runner(engine, silent=DEAD)
     job_id = make_job(engine, state=JobState.RUNNING, token=f"{owner}/1")
 
     with opened(engine) as own:
         (first,) = sweep(own)
-        fetch(own, f"{owner}/2")
+        _run_all(engine, f"{owner}/2")
         (second,) = sweep(own)
         assert (first.suspect, second.suspect) == (False, True)
         assert suspects(engine) == {job_id: (2, 0)}
@@ -437,6 +448,26 @@ def test_a_job_that_met_two_deaths_is_a_suspect_until_it_has_finished(engine: En
         sweep(own)
 
     assert suspects(engine) == {}
+
+
+def test_what_a_second_death_frees_nobody_fetches_with_other_jobs_whether_he_has_heard_of_it_or_not(
+    engine: Engine,
+) -> None:
+    owner = make_runner(engine, silent=DEAD)
+    job_id = make_job(engine)
+    asked = {"p_queues": ["default"], "p_kinds": [Count.kind], "p_id": owner, "p_token": f"{owner}/3"}
+
+    with opened(engine) as own:
+        fetched = []
+        for number in range(2):
+            fetched.append([job.id for job in fetch(own, f"{owner}/{number}")])
+            sweep(own)
+        others = make_jobs(engine, 2)
+        fetched.append([job.id for job in fetch(own, "other/1")])
+        alone = own.execute(FETCH_SUSPECT, asked).all()
+
+    assert fetched == [[job_id], [job_id], others]
+    assert [row.id for row in alone] == [job_id]
 
 
 def test_a_suspect_that_was_deleted_is_forgotten(engine: Engine) -> None:
@@ -456,7 +487,7 @@ def test_three_deaths_alone_discard_and_say_so_whatever_attempts_are_left(engine
 
     with opened(engine) as own:
         for number in range(5):
-            fetch(own, f"{owner}/{number}")
+            _run_all(engine, f"{owner}/{number}")
             make_runner(engine, owner, silent=DEAD, alone=killer if number >= 2 else None)
             states += [row.state for row in sweep(own)]
 
@@ -473,7 +504,7 @@ def test_deaths_in_company_never_discard(engine: Engine) -> None:
 
     with opened(engine) as own:
         for number in range(20):
-            fetch(own, f"{owner}/{number}")
+            _run_all(engine, f"{owner}/{number}")
             make_runner(engine, owner, silent=DEAD)
             sweep(own)
 

@@ -29,7 +29,7 @@ import os, signal, sys, threading, time
 from datetime import timedelta
 from sqlalchemy import create_engine
 from sqla_river import Runner, Workers
-from sqla_river.statements import COMPLETE_JOBS, FETCH_AVAILABLE, FETCH_UNSUSPECTED
+from sqla_river.statements import COMPLETE_JOBS, FETCH_AVAILABLE
 from sqla_river.store import OwnConnection
 from tests.making import Count
 
@@ -61,7 +61,7 @@ def killed(self, statement, parameters=None):
 
 def fetched(self, statement, parameters):
     rows = fetch(self, statement, parameters)
-    if rows and statement in (FETCH_AVAILABLE, FETCH_UNSUSPECTED) and moment == "between fetch and start" and is_time():
+    if rows and statement is FETCH_AVAILABLE and moment == "between fetch and start" and is_time():
         die()
     return rows
 

@@ -118,9 +118,9 @@ def test_nothing_of_a_paused_queue_starts_be_it_due_a_retry_or_a_suspect(
     ids = [
         make_job(engine, queue="mail", state="scheduled", due_in=soon),
         make_job(engine, queue="mail", state="retryable", due_in=soon, attempt=1),
-        make_job(engine, queue="mail"),
+        make_job(engine, queue="mail", attempt=2),
     ]
-    other_suspect = make_job(engine, queue="a")
+    other_suspect = make_job(engine, queue="a", attempt=2)
     with engine.begin() as connection:
         for job_id in (ids[2], other_suspect):
             connection.execute(text("INSERT INTO river_suspect VALUES (:id, 2, 0)"), {"id": job_id})
@@ -136,7 +136,7 @@ def test_nothing_of_a_paused_queue_starts_be_it_due_a_retry_or_a_suspect(
         for job_id in ids:
             eventually(is_state(engine, job_id, "completed"), within=20)
 
-    assert [(row["state"], row["attempt"]) for row in before] == [("available", 0), ("available", 1), ("available", 0)]
+    assert [(row["state"], row["attempt"]) for row in before] == [("available", 0), ("available", 1), ("available", 2)]
 
 
 def test_a_runner_that_only_polls_sees_both_with_its_next_poll(engine: Engine) -> None:

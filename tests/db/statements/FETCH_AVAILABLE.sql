@@ -4,7 +4,9 @@ WHERE (river_job.ctid = any(array((SELECT j.ctid
 FROM unnest(%(p_queues)s::TEXT[], %(p_slots)s::INTEGER[]) AS q(queue, slots)
 JOIN LATERAL (SELECT w.ctid AS ctid
 FROM river_job AS w
-WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= now() AND w.kind = any(%(p_kinds)s::TEXT[])
+WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= now() AND w.kind = any(%(p_kinds)s::TEXT[]) AND (w.attempt < 2 OR NOT (EXISTS (SELECT river_suspect.job_id
+FROM river_suspect
+WHERE river_suspect.job_id = w.id AND river_suspect.deaths >= 2)))
 ORDER BY w.priority, w.scheduled_at, w.id
 LIMIT q.slots
 FOR UPDATE OF w SKIP LOCKED) AS j ON true

@@ -6,7 +6,9 @@ JOIN LATERAL (SELECT r.ctid AS ctid
 FROM unnest(ARRAY[1::smallint, 2::smallint, 3::smallint, 4::smallint], ARRAY[q.since_1, q.since_2, q.since_3, q.since_4]) AS b(priority, since)
 JOIN LATERAL (SELECT w.ctid AS ctid
 FROM river_job AS w
-WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= now() AND w.kind = any(%(p_kinds)s::TEXT[]) AND w.priority = b.priority AND w.scheduled_at >= b.since
+WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= now() AND w.kind = any(%(p_kinds)s::TEXT[]) AND (w.attempt < 2 OR NOT (EXISTS (SELECT river_suspect.job_id
+FROM river_suspect
+WHERE river_suspect.job_id = w.id AND river_suspect.deaths >= 2))) AND w.priority = b.priority AND w.scheduled_at >= b.since
 ORDER BY w.scheduled_at, w.id
 LIMIT q.slots
 FOR UPDATE OF w SKIP LOCKED) AS r ON true
