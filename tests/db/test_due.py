@@ -72,7 +72,7 @@ def _check_plans(engine: Engine, future: int) -> None:
         assert schedule.buffers < 100 * 40, (schedule, schedule.buffers)
 
         fetch = _explained(engine, FETCH_AVAILABLE, ASKED, mode)
-        assert fetch.indexes <= {"river_job_fetch_idx", "river_queue_pkey"}, fetch
+        assert fetch.indexes <= {"river_job_fetch_idx", "river_queue_pkey", "river_suspect_pkey"}, fetch
         assert fetch.removed("Filter") == 0, fetch
         assert fetch.buffers < 100 * 30, (fetch, fetch.buffers)
 

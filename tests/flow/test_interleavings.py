@@ -19,6 +19,7 @@ from sqla_river.complete import complete_parameters, settle_parameters
 from sqla_river.statements import (
     COMPLETE_JOBS,
     FETCH_AVAILABLE,
+    FETCH_SUSPECT,
     INSERT_LOST_RUNNERS,
     PRUNE_CANCELLED,
     PRUNE_COMPLETED,
@@ -36,6 +37,8 @@ DEAD: Final = "host:1:00000000000000aa"
 """Runner A: it works on, but its lease has run out."""
 ALIVE: Final = "host:1:00000000000000bb"
 NO_TIME: Final = timedelta(0)
+SUSPICIOUS: Final = 2
+"""Deaths after which a job runs only alone."""
 UNREADY: Final = ("scheduled", "retryable")
 WAITING: Final = ("available", *UNREADY)
 
@@ -76,15 +79,18 @@ class Operation(NamedTuple):
     kind: str
     token: str | None = None
     transition: Transition | None = None
+    alone: bool = False
 
 
-def _fetch(token: str) -> Operation:
-    asked = {"p_queues": ["default"], "p_slots": [1], "p_kinds": [Count.kind], "p_token": token}
+def _fetch(token: str, *, alone: bool = False) -> Operation:
+    runner = token.partition("/")[0]
+    asked = {"p_queues": ["default"], "p_slots": [1], "p_kinds": [Count.kind], "p_token": token, "p_id": runner}
+    statement = FETCH_SUSPECT if alone else FETCH_AVAILABLE
 
     def do(connection: Connection, _: int) -> bool:
-        return bool(store.execute(connection, None, FETCH_AVAILABLE, asked).all())
+        return bool(store.execute(connection, None, statement, asked).all())
 
-    return Operation(f"fetch by {token}", do, "fetch", token)
+    return Operation(f"fetch{' alone' if alone else ''} by {token}", do, "fetch", token, alone=alone)
 
 
 def _outcome(token: str, name: str, transition: Transition) -> Operation:
@@ -167,6 +173,7 @@ STARTS: Final[dict[str, dict[str, Any]]] = {
     "available": {},
     "available, last attempt": {"max_attempts": 1},
     "available, not due": {"due_in": timedelta(hours=1)},
+    "available, a suspect": {"attempt": 2, "deaths": 2},
     "scheduled": {"state": "scheduled", "due_in": -timedelta(seconds=1)},
     "scheduled, not due": {"state": "scheduled", "due_in": timedelta(hours=1)},
     "retryable": {"state": "retryable", "due_in": -timedelta(seconds=1), "attempt": 1},
@@ -174,6 +181,7 @@ STARTS: Final[dict[str, dict[str, Any]]] = {
     "running under A": {"state": "running", "token": A},
     "running under A, last attempt": {"state": "running", "token": A, "max_attempts": 1},
     "running under A, to be cancelled": {"state": "running", "token": A, "metadata": {"cancel_attempted_at": "x"}},
+    "running under A, which has met a death": {"state": "running", "token": A, "attempt": 2, "deaths": 1},
     "running under B": {"state": "running", "token": B},
     "running under a Go client": {"state": "running", "token": "go", "attempted_at": "2020-01-01"},
     "completed": {"state": "completed", "attempt": 1},
@@ -203,7 +211,7 @@ def _expected(operation: Operation, row: Row) -> tuple[str | None, int, str | No
     same = (row.state, row.attempt, row.token, row.errors)
     running, token = row.state == "running", operation.token
     match operation.kind:
-        case "fetch" if row.state == "available" and row.due:
+        case "fetch" if row.state == "available" and row.due and operation.alone == (row.deaths >= SUSPICIOUS):
             return "running", row.attempt + 1, token, row.errors
         case "outcome" if running and row.token == token and operation.transition is not None:
             wished = operation.transition
@@ -358,7 +366,8 @@ class Explorer:
             return False
         self._connection.exec_driver_sql("SAVEPOINT end_")
         self._connection.execute(text("UPDATE river_runner SET heartbeat_at = now() - interval '1 hour'"))
-        for operation in (*RESCUE, *SCHEDULE, *_runner(f"{ALIVE}/last", "complete")):
+        fetch, complete = _runner(last := f"{ALIVE}/last", "complete")
+        for operation in (*RESCUE, *SCHEDULE, fetch, _fetch(last, alone=True), complete):
             operation.do(self._connection, self._job_id)
         after = _read(self._connection, self._job_id)
         self._connection.exec_driver_sql("ROLLBACK TO SAVEPOINT end_")
@@ -385,7 +394,14 @@ def _explore(
         ),
         {"dead": DEAD, "alive": ALIVE},
     )
-    job_id = make_job(connection, **start)
+    columns = dict(start)
+    deaths = columns.pop("deaths", 0)
+    job_id = make_job(connection, **columns)
+    if deaths:
+        connection.execute(
+            text("INSERT INTO river_suspect (job_id, deaths, alone) VALUES (:id, :deaths, 0)"),
+            {"id": job_id, "deaths": deaths},
+        )
     explorer = Explorer(connection, job_id, actors, check, depth)
     row = _read(connection, job_id)
     past = Past(ended=row.state if row and row.state in FINALIZED else None)
@@ -448,6 +464,7 @@ ALL: Final = [
     _fetch(A),
     *(_outcome(A, name, transition) for name, transition in OUTCOMES.items()),
     _fetch(B),
+    _fetch(B, alone=True),
     _outcome(B, "complete", OUTCOMES["complete"]),
     _outcome(B, "fail", OUTCOMES["fail"]),
     *RESCUE[1:],
