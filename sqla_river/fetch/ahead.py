@@ -34,7 +34,7 @@ class Ahead:
         self._last: dict[str, float] = {}
 
     def begun(self, now: float) -> None:
-        """Jobs begin where none ran: the rest before says nothing of how soon they end."""
+        """Jobs may begin where none ran: the rest before says nothing of how soon they end."""
         if not self._freed:
             self._since = now
 

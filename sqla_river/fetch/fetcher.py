@@ -267,11 +267,13 @@ class Fetcher:
 
     def _step_alone(self) -> float:
         """One look at the suspects' turn; when it is over the slots fill again."""
+        self._recover()
         self._count_freed()
         self._starved = True
         # A job that has ended is not alone with the next one before its result is written: it would run again.
         ended = not any(self._busy.values())
-        self.turn.step(busy=not (ended and self._written()), fetch=self._fetch_suspect)
+        # Nor before it is known whether a fetch brought one whose reply was lost.
+        self.turn.step(busy=not (ended and self._written()) or bool(self._lost), fetch=self._fetch_suspect)
         if not self.turn.on:
             self._hungry = set(self._slots)
             return 0.0

@@ -17,7 +17,7 @@ from sqla_river import states
 from sqla_river.context import JobContext
 from sqla_river.fetch import LARGEST_FETCH
 from sqla_river.rows import ID, QUEUE, TOKEN, Fetched, JobRow, Result
-from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
+from sqla_river.statements import FETCH_AVAILABLE, FETCH_SUSPECT, SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.states import JobState
 from sqla_river.store import OwnConnection
 from sqla_river.workers import Workers
@@ -479,13 +479,13 @@ def test_a_pause_is_heeded_by_the_next_step(engine: Engine) -> None:
 
 
 class _LossyConnection(OwnConnection):
-    """Loses the reply to the next FETCH_AVAILABLE: the server has committed, the client hears of an error."""
+    """Loses the reply to the next fetch: the server has committed, the client hears of an error."""
 
     lose = 1
 
     def execute(self, statement: Executable, parameters: Any = None) -> Any:
         answer = super().execute(statement, parameters)
-        if statement is FETCH_AVAILABLE and self.lose:
+        if statement in (FETCH_AVAILABLE, FETCH_SUSPECT) and self.lose:
             self.lose -= 1
             answer.all()
             self.close()
@@ -528,6 +528,30 @@ def test_what_is_recovered_still_passes_the_fence(engine: Engine) -> None:
     own.close()
 
     assert count_states(engine) == {"completed": 3}
+
+
+def test_a_suspect_is_alone_also_when_the_reply_to_its_fetch_is_lost(engine: Engine) -> None:
+    suspect = make_job(engine, attempt=2)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"INSERT INTO river_suspect (job_id, deaths, alone) VALUES ({suspect}, 2, 0)")
+    delivered: list[JobRow] = []
+    own = _LossyConnection(engine, None, "test", {"enable_seqscan": "off"})
+    fetcher = make_fetcher(own, delivered, slots={"default": 10})
+    assert fetcher.turn.begin(own)
+    with pytest.raises(OperationalError):
+        fetcher.step()
+    others = make_jobs(engine, 5)
+
+    for _ in range(3):
+        fetcher.step()
+    alone = _ids(delivered)
+    fetcher.freed("default")
+    for _ in range(3):
+        fetcher.step()
+    own.close()
+
+    assert alone == [suspect]
+    assert sorted(_ids(delivered)) == [suspect, *others]
 
 
 # ---- plans --------------------------------------------------------------------------
