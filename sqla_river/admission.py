@@ -7,7 +7,7 @@ from contextlib import suppress
 from operator import itemgetter
 from typing import Final
 
-from sqla_river.rows import QUEUE, Fetched
+from sqla_river.rows import QUEUE, Fetched, drained
 
 _queue_of: Final = itemgetter(QUEUE)
 
@@ -76,12 +76,8 @@ class Admission:
     def turn_away(self, queue: str | None = None) -> list[Fetched]:
         """The jobs that wait, those of *queue* where one is named: they wait no longer."""
         with self._lock:
-            rows: list[Fetched] = []
-            for waiting in list(self._waiting.values()) if queue is None else [self._waiting.get(queue, deque())]:
-                with suppress(IndexError):  # the slots take from it meanwhile
-                    while True:
-                        rows.append(waiting.popleft())
-            return rows
+            queues = self._waiting.values() if queue is None else [self._waiting.get(queue, deque())]
+            return [row for waiting in queues for row in drained(waiting)]
 
     def resize(self, slots: Mapping[str, int]) -> None:
         """Let as many run as *slots* says. What runs goes on; a queue that is gone keeps its count."""

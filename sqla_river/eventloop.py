@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 
 from sqla_river.failure import at
 from sqla_river.logs import RUNNER, Log
-from sqla_river.rows import ID, KIND, Fetched, Result
+from sqla_river.rows import ID, KIND, Fetched, Result, drained
 
 log: Final = Log(__name__)
 
@@ -52,6 +52,7 @@ class EventLoop:
         """By identity of the row, so that they live."""
         self._context = copy_context()
         self._ready: deque[Fetched] = deque()
+        """Rows that have a slot and have not begun."""
         self._start: Start | None = None
         self._beginning = False
         """Whether `_begin` is under way, or will be."""
@@ -59,14 +60,33 @@ class EventLoop:
         self._said = False
         self._ended = False
 
-    def deliver(self, rows: list[Fetched]) -> None:
+    def deliver(self, rows: Iterable[Fetched]) -> None:
         """Begin *rows*."""
+        self._ready.extend(rows)
+        self._call()
+
+    def _call(self) -> None:
         with self._making:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-        self._loop.call_soon_threadsafe(self._begin, rows)
+            loop = self._loop or self._make()
+        if loop is not None:
+            with suppress(RuntimeError):  # closed already
+                loop.call_soon_threadsafe(self._begin)
+
+    def _make(self) -> asyncio.AbstractEventLoop | None:
+        try:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        except (RuntimeError, OSError) as error:  # no thread, or no file for it
+            if self._loop is not None:
+                self._loop.close()
+            self._loop = self._thread = None
+            log.warning("async handlers have no event loop: %s", error, runner=self._runner)
+        return self._loop
+
+    def take_back(self) -> list[Fetched]:
+        """The rows that have not begun, and will not."""
+        return drained(self._ready)
 
     def stop(self) -> None:
         """End the loop. Tasks that still run are cancelled once more, and then left where they are."""
@@ -93,7 +113,11 @@ class EventLoop:
         return "".join(lines)
 
     def look(self) -> None:
-        """Say so if a handler blocks the loop, once each time. Called by the watch, about every second."""
+        """Say so if a handler blocks the loop, once each time; and where none could be made for rows that wait, try
+        again. Called by the watch, about every second.
+        """
+        if self._ready and self._loop is None:
+            self._call()
         blocked = time.monotonic() - self._ticked_at
         if blocked < LOOP_BLOCKED_AFTER:
             self._said = False
@@ -139,18 +163,20 @@ class EventLoop:
         self._ticked_at = time.monotonic()
         self._loop.call_later(LOOP_BLOCKED_AFTER / 4, self._tick)
 
-    def _begin(self, rows: Iterable[Fetched] = ()) -> None:
-        """Begin *rows*, and those that follow the ones which are over at once; a hundred, and then it is the turn of
+    def _begin(self) -> None:
+        """Begin what is ready, and what follows the ones that are over at once; a hundred, and then it is the turn of
         whoever else waits for the loop.
         """
         loop, start, ready = self._loop, self._start, self._ready
         assert loop is not None
         assert start is not None
-        ready.extend(rows)
         self._beginning = True
         try:
             for _ in range(min(len(ready), TURN)):
-                row = ready.popleft()
+                try:
+                    row = ready.popleft()
+                except IndexError:  # taken back
+                    break
                 # Of the loop's own context: what follows is begun in that of the job before it.
                 task = start(self._work(row), _name(row), self._context.copy())
                 if not task.done():
@@ -161,6 +187,8 @@ class EventLoop:
                 loop.call_soon(self._begin, context=self._context)  # else that of a job lives on in it
 
     async def _work(self, row: Fetched) -> None:
+        if self._ended:  # it was given back, and may run elsewhere
+            return
         following = self._finished(row, await self._execute(row))
         self._tasks.pop(id(row), None)
         if following is not None:

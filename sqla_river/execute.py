@@ -1,10 +1,12 @@
-"""Execute: call user code. Knows no SQL, catches everything, and always hands on a Result."""
+"""Execute: call user code. Knows no SQL, and catches everything."""
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
 from datetime import timedelta
+from functools import partial
 from types import CoroutineType, TracebackType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
@@ -14,7 +16,7 @@ from sqla_river.context import JobContext, cancel_context, staged_metadata
 from sqla_river.hooks import WORK_EVERYWHERE, Around, Audience, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
 from sqla_river.logs import Log, of_job, one_line
-from sqla_river.rows import Fetched, JobRow, Result, row_of
+from sqla_river.rows import ID, TOKEN, Fetched, JobRow, Result, row_of
 from sqla_river.states import AttemptError, JobState, Transition
 from sqla_river.workers import Worker, Workers
 
@@ -91,7 +93,8 @@ class Executor:
         self._keep_logs = keep_logs
         self._audience = audience
         self._interrupted = False
-        self._cancelled: set[int] = set()
+        self._cancelled: set[tuple[int, str]] = set()
+        """Id and token: a job may be given back, and begin here again under another one."""
         self.running: dict[int, JobContext[Any]] = {}
         """The jobs whose handler runs now, by id."""
 
@@ -107,12 +110,16 @@ class Executor:
         for job in list(self.running.values()):
             cancel_context(job, "stop")
 
-    def cancel(self, job_id: int) -> None:
+    def cancel(self, fetched: Fetched) -> None:
         """Tell the handler of this job that somebody asked to cancel it; if it has yet to begin, as soon as it does."""
-        self._cancelled.add(job_id)  # first: what begins in between looks there
-        job = self.running.get(job_id)
-        if job is not None:
-            cancel_context(job, "cancel")
+        self._cancelled.add((fetched[ID], fetched[TOKEN]))  # first: what begins in between looks there
+        attempt = self.running.get(fetched[ID])
+        if attempt is not None and attempt.row.token == fetched[TOKEN]:
+            cancel_context(attempt, "cancel")
+
+    def forget(self, fetched: Fetched) -> None:
+        """Let go of a job that has not begun."""
+        self._cancelled.discard((fetched[ID], fetched[TOKEN]))
 
     def is_async(self, kind: str) -> bool:
         """Whether jobs of *kind* belong on the event loop."""
@@ -128,9 +135,7 @@ class Executor:
                 with self._around():
                     self._work(attempt)
         except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt and worse end an attempt, never a slot
-            if isinstance(error, self._scope.unknown):
-                attempt.settled = self._scope.resolve(attempt.row)
-            self._failed(attempt, error)
+            self._judge(attempt, error)
         return self._end(attempt)
 
     def _work(self, attempt: "_Attempt") -> None:
@@ -173,10 +178,9 @@ class Executor:
                             _forget_cancels(task, attempt.told)
                     attempt.transition = self._wished(attempt, outcome)
         except BaseException as error:  # noqa: BLE001
-            if isinstance(error, self._scope.unknown):
-                attempt.settled = await asyncio.to_thread(self._scope.resolve, attempt.row)
-            if self.judge.asks(attempt.worker):  # what it asks is the user's, and may take its time: not here
-                await asyncio.to_thread(self._failed, attempt, error)
+            if isinstance(error, self._scope.unknown) or self.judge.asks(attempt.worker):
+                # The database and what is the user's may take their time: not here.
+                await _in_a_thread(partial(self._judge, attempt, error))
             else:
                 self._failed(attempt, error)
         return self._end(attempt)
@@ -207,7 +211,7 @@ class Executor:
         self.running[job_id] = attempt
         if self._interrupted:
             cancel_context(attempt, "stop")
-        elif job_id in self._cancelled:
+        elif (job_id, attempt.row.token) in self._cancelled:
             cancel_context(attempt, "cancel")
         seconds = worker.seconds or self._seconds
         if seconds is not None:
@@ -252,6 +256,11 @@ class Executor:
             return states.completed(metadata)
         return wish(attempt.row.attempt, outcome, metadata, attempt.redact)
 
+    def _judge(self, attempt: "_Attempt", error: BaseException) -> None:
+        if isinstance(error, self._scope.unknown):
+            attempt.settled = self._scope.resolve(attempt.row)
+        self._failed(attempt, error)
+
     def _failed(self, attempt: "_Attempt", error: BaseException) -> None:
         row = attempt.row
         if attempt.settled is not None:  # it is committed: what came after that is no matter of the job's
@@ -269,7 +278,7 @@ class Executor:
         if self.running.get(row.id) is attempt:  # a later attempt may stand there
             del self.running[row.id]
         if self._cancelled:
-            self._cancelled.discard(row.id)
+            self._cancelled.discard((row.id, row.token))
         assert attempt.transition is not None
         audience = self._audience
         if attempt.transition is _COMPLETED and attempt.settled is None and audience is not None and audience.empty:
@@ -315,6 +324,28 @@ class _AsyncAttempt(_Attempt):
     def _cancel(self) -> None:
         if self.task is not None:
             self.told += self.task.cancel()
+
+
+async def _in_a_thread(call: Callable[[], object]) -> None:
+    """Await *call*, whoever cancels this task meanwhile, or has done so; here where no thread can be had for it."""
+    claims = [call]
+
+    def claimed() -> None:
+        try:
+            claim = claims.pop()
+        except IndexError:
+            return
+        claim()
+
+    try:
+        future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, claimed)
+    except RuntimeError:  # a pool that cannot grow keeps what it was given, and may run it later
+        claimed()
+        return
+    while not future.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    future.result()
 
 
 def _forget_cancels(task: "asyncio.Task[Any]", times: int) -> None:

@@ -149,18 +149,31 @@ class Held:
             self._returned(row[QUEUE])
 
     def _let_go(self, row: Fetched) -> None:
+        self._executor.forget(row)
         self._open.discard(id(row))
         self._unfinished.pop(id(row), None)
 
     def give_back_waiting(self) -> None:
         """Give back what no slot has begun."""
-        self.give_back(self._admission.turn_away())
-        self._give_back_admitted(self._threads.take_back())
+        with self._placing:  # else a delivery that had yet to see the stop could still put something there
+            self.give_back(self._admission.turn_away())
+            self._give_back_admitted(self._take_back())
+
+    def _take_back(self) -> list[Fetched]:
+        """The rows that have a slot and have not begun."""
+        return self._threads.take_back() + self._event_loop.take_back()
 
     def _give_back_admitted(self, rows: Iterable[Fetched]) -> None:
         for row in rows:
-            self._admission.leave(row[QUEUE])  # nothing waits
+            self._admission.leave(row[QUEUE])  # nothing waits: it was turned away
             self.give_back([row])
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Somebody asked to cancel the jobs with these *ids*: those that are here are told."""
+        asked = set(ids)
+        for row in self.rows if asked else ():
+            if row[ID] in asked:
+                self._executor.cancel(row)
 
     def give_back_ahead(self, queue: str | None) -> None:
         """Give back the jobs that were fetched ahead, those of *queue* where one is named."""
@@ -174,7 +187,7 @@ class Held:
             self._slots = slots
             self._admission.resize(slots)
             self.give_back(self._admission.turn_away())
-            waiting = self._threads.take_back()
+            waiting = self._take_back()
             surplus = Counter(row[QUEUE] for row in self.rows)
             surplus.subtract(slots)
             back = set[Fetched]()
@@ -182,7 +195,7 @@ class Held:
                 if surplus[row[QUEUE]] > 0:
                     surplus[row[QUEUE]] -= 1
                     back.add(row)
-            self._threads.put_back(row for row in waiting if row not in back)
+            self._begin([row for row in waiting if row not in back])
             self._give_back_admitted(back)
             self._threads.resize(sum(slots.values()), self._admission.passed)
 
@@ -196,11 +209,11 @@ class Held:
         lost = set(rows)
         with self._placing:
             ahead = self._drop(self._admission.turn_away(), lost)
-            admitted = self._threads.take_back()
+            admitted = self._take_back()
             keep = self._drop(admitted, lost)
             for row in lost.intersection(admitted):
                 self._admission.leave(row[QUEUE])
-            self._threads.put_back(keep)
+            self._begin(keep)
             self._begin(self._admission.admit(ahead))
         for row in rows:
             job = self._executor.running.get(row[ID])

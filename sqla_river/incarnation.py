@@ -77,6 +77,7 @@ class Incarnation:
         self.pid = os.getpid()
         self.started = False
         self.stopping = False
+        self._at_exit = partial(_stop_at_exit, weakref.ref(self))  # its own: others in this process go on
         self.events = orders.events
         self._meters = orders.meters
         self.worked = 0
@@ -257,9 +258,7 @@ class Incarnation:
         self._fetcher.wakeups.place, self._fetcher.wakeups.peers = fleet.place, fleet.peers
         self._fetcher.suspects, self._fetcher.deaths = fleet.suspects, fleet.deaths
         self._fetcher.relieved()
-        for job_id in fleet.cancelled:
-            if job_id in self._held:
-                self.executor.cancel(job_id)
+        self._held.cancel(fleet.cancelled)
 
     def _flush(self) -> None:
         self.completer.flush(lambda: self._stop.flush_by)
@@ -272,7 +271,8 @@ class Incarnation:
     # ---- life ------------------------------------------------------------
 
     def start(self) -> None:
-        atexit.register(_stop_at_exit, weakref.ref(self))
+        """Begin this life; where that fails it has to be stopped too."""
+        atexit.register(self._at_exit)
         for loop in (self._completing, self._beating, self._maintaining, self._watching):
             loop.start()
         if self._listener is not None:
@@ -282,10 +282,9 @@ class Incarnation:
         while not (self._ready() or self._refused or self._stop.wanted) and time.monotonic() < until:
             time.sleep(0.005)
         if self._refused is not None:
-            self.stop(0.0)
             raise self._refused
-        self.started = True
         self._fetching.start()
+        self.started = True
         log.info("runner %s works queues %s", self.id, _listed(self._heart.slots), runner=self.id)
 
     def _beat(self) -> float:
@@ -364,21 +363,21 @@ class Incarnation:
     def stop(self, soft: float) -> None:
         """End this life: *soft* seconds for what runs, and then `Stop`'s further steps."""
         self.stopping = self._held.stopping = True
-        atexit.unregister(_stop_at_exit)
         self._stop.run(soft)
         for loop in (self._maintaining, self._beating, self._watching):
             loop.stop()
-        if self._listener is not None:
+        if self._listener is not None and self._listener.alive:
             self._listener.stop()
             self._listener.join(0.1)
         self._beating.join(0.1)
         self._held.join(0.1)
+        atexit.unregister(self._at_exit)
         log.info("runner %s has stopped", self.id, runner=self.id)
 
 
 def _stop_at_exit(reference: "weakref.ref[Incarnation]") -> None:
     incarnation = reference()
-    if incarnation is not None and incarnation.pid == os.getpid() and not incarnation.stopping:
+    if incarnation is not None and incarnation.pid == os.getpid():
         incarnation.stop(0.0)
 
 

@@ -252,6 +252,7 @@ class Runner:
             try:
                 incarnation.start()
             except BaseException:
+                incarnation.stop(0.0)
                 self._incarnation = None
                 raise
             self.queues.follow(incarnation.resize)

@@ -5,14 +5,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Final
 
 from sqla_river.logs import RUNNER, Log
-from sqla_river.rows import Fetched, Result
+from sqla_river.rows import Fetched, Result, drained
 
 log: Final = Log(__name__)
 
@@ -71,8 +70,10 @@ class Threads:
             self._calling = True
             self._called = time.monotonic(), self._begun
             self._calls.put(True)
-            if self._made < self._most:
-                self._make_one()
+        elif self._calls.empty():
+            return
+        if self._made < self._most:  # also where those that there were at the last call are busy since
+            self._make_one()
 
     def _make_one(self) -> None:
         """Make a thread that heeds the call, unless one sleeps."""
@@ -91,7 +92,7 @@ class Threads:
             log.warning("%d slots have no thread: %s", self._most - self._made, error, runner=self._runner)
 
     def look(self) -> None:
-        """Try once more to make a thread for rows that wait, should it have failed. Called about every second."""
+        """See that rows which wait have a thread: to make one may have failed. Called about every second."""
         if self._waiting:
             self._call()
             self._make_one()
@@ -135,16 +136,7 @@ class Threads:
 
     def take_back(self) -> list[Fetched]:
         """The rows that no slot has begun."""
-        rows: list[Fetched] = []
-        with suppress(IndexError):
-            while True:
-                rows.append(self._waiting.popleft())
-        return rows
-
-    def put_back(self, rows: Iterable[Fetched]) -> None:
-        """Return what `take_back` took."""
-        self._waiting.extend(rows)
-        self._call()
+        return drained(self._waiting)
 
     def stack_of(self, row: Fetched) -> str:
         """Where the handler of *row* is; nothing if it is not known here."""

@@ -53,6 +53,24 @@ def test_a_thousand_sleeping_jobs_run_at_once(engine: Engine) -> None:
     assert len(threads) == 1
 
 
+def test_a_handler_that_cancels_its_own_task_and_fails_has_failed(engine: Engine) -> None:
+    told: list[str] = []
+
+    async def handler(job: JobContext[Count]) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        if job.args.number:
+            raise ValueError("no")
+
+    with working(engine, handler, on_error=lambda _, error: told.append(str(error))):
+        fails, returns = put(engine, 1, 0)
+        assert errors(settled(engine, fails)) == ["ValueError: no"]
+        assert settled(engine, returns)["state"] == "completed"
+
+    assert told == ["no"]
+
+
 def test_no_more_run_than_there_are_slots(engine: Engine) -> None:
     running: list[int] = []
     most: list[int] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 import sqla_river
 from sqla_river import Runner, Workers
@@ -165,6 +165,33 @@ def test_a_third_signal_leaves_them_behind_at_once(url: str, engine: Engine) -> 
     assert running.returncode == 0, output
     assert took < 4
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
+
+
+TWO: Final = """
+import sys, threading
+from sqlalchemy import create_engine
+from sqla_river import Runner
+from tests.making import Gate
+from tests.working import handling
+
+engine, gate = create_engine(sys.argv[1]), Gate()
+first, second = [Runner(engine, handling(gate), queues={name: 1}) for name in ("first", "second")]
+first.start()
+second.start()
+gate.wait(1)
+first.stop()
+"""
+
+
+def test_a_process_that_ends_gives_back_the_jobs_of_each_runner_that_nobody_stopped(url: str, engine: Engine) -> None:
+    job_id = make_job(engine, queue="second")
+
+    subprocess.run([sys.executable, "-c", TWO, url], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+    row = read_job(engine, job_id)
+    assert (row["state"], row["attempt"]) == ("available", 0)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM river_runner")).scalar() == 0
 
 
 def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:

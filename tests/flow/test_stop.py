@@ -140,6 +140,25 @@ def test_a_handler_that_blocks_the_loop_cannot_block_a_stop(engine: Engine) -> N
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
 
 
+def test_what_waits_behind_a_blocked_loop_goes_back_and_never_begins(engine: Engine) -> None:
+    began: list[int] = []
+    with released() as release:
+
+        async def handler(job: JobContext[Count]) -> None:
+            began.append(job.id)
+            release.wait(60)
+
+        first, *_ = put(engine, *range(5))
+        with working(engine, handler, 4) as runner:
+            begun(runner, 1)
+            runner.stop(NONE)
+        states = count_states(engine)
+
+    # The thread of the loop, which had gone on to whatever waited, has ended by now.
+    assert states == {"available": 5}
+    assert began == [first]
+
+
 def test_effects_of_a_transactional_handler_that_is_left_behind_are_rolled_back(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE note (words text)"))
