@@ -458,7 +458,7 @@ def test_what_a_second_death_frees_nobody_fetches_with_other_jobs_whether_he_has
     asked = {"p_queues": ["default"], "p_kinds": [Count.kind], "p_id": owner, "p_token": f"{owner}/3"}
 
     with opened(engine) as own:
-        fetched = []
+        fetched: list[list[int]] = []
         for number in range(2):
             fetched.append([job.id for job in fetch(own, f"{owner}/{number}")])
             sweep(own)

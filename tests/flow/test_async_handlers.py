@@ -63,7 +63,10 @@ def test_a_handler_that_cancels_its_own_task_and_fails_has_failed(engine: Engine
         if job.args.number:
             raise ValueError("no")
 
-    with working(engine, handler, on_error=lambda _, error: told.append(str(error))):
+    def on_error(_: JobContext[Any], error: BaseException) -> None:
+        told.append(str(error))
+
+    with working(engine, handler, on_error=on_error):
         fails, returns = put(engine, 1, 0)
         assert errors(settled(engine, fails)) == ["ValueError: no"]
         assert settled(engine, returns)["state"] == "completed"
