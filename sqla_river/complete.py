@@ -18,7 +18,7 @@ from sqla_river.context import JobContext
 from sqla_river.failure import storable
 from sqla_river.logs import Log, of_job, without_passwords
 from sqla_river.policy import RIVER_POLICY
-from sqla_river.rows import ID, TOKEN, Fetched, Result, row_of
+from sqla_river.rows import ID, TOKEN, Fetched, JobRow, Result, row_of
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState, Transition, completed, discarded, errored
 from sqla_river.store import OwnConnection, error_json
@@ -40,13 +40,6 @@ running.
 _JUST_COMPLETED: Final = completed()
 
 
-class Written(NamedTuple):
-    """Results that were written, and the state that each came to."""
-
-    results: list[Result]
-    states: list[JobState]
-
-
 class Again(NamedTuple):
     """Results whose rows somebody else has locked, or that PostgreSQL refused: tried again at *at*, in a batch of
     their own.
@@ -55,6 +48,17 @@ class Again(NamedTuple):
     at: float
     pause: float
     results: list[Result]
+
+
+class Written(NamedTuple):
+    """What a write has come to so far; it counts once all of it is through: until then all of it may be done again."""
+
+    results: list[Result]
+    states: list[JobState]
+    """What each result came to."""
+    again: list[Again]
+    stale: list[JobRow]
+    """Jobs that were no longer this runner's."""
 
 
 class Completer:
@@ -178,15 +182,10 @@ class Completer:
             results.popleft()
 
     def _retry(self, now: float) -> None:
-        due = [again for again in self._again if again.at <= now]
-        self._again = [again for again in self._again if again.at > now]
-        while due:
-            again = due.pop()
-            try:
-                self._write(again.results, min(again.pause * 2, _LONGEST_RETRY))
-            except BaseException:
-                self._again += [again, *due]
-                raise
+        for again in [again for again in self._again if again.at <= now]:
+            self._write(again.results, min(again.pause * 2, _LONGEST_RETRY))
+            # Only now: it stays if the database is away, and no look at `backlog` may miss it.
+            self._again = [other for other in self._again if other is not again]
 
     def _write(self, ended: Sequence[Result | Fetched], pause: float) -> None:
         """Write what has *ended*; what somebody has locked is put aside for *pause* seconds.
@@ -194,7 +193,7 @@ class Completer:
         Raises:
             Exception: the database is away; nothing of it is forgotten, and writing it again changes nothing twice.
         """
-        written = Written([], [])
+        written = Written([], [], [], [])
         results = [each for each in ended if isinstance(each, Result)]
         rows = [each for each in ended if not isinstance(each, Result)]
         heard, others = list[Result](), list[Result]()
@@ -218,6 +217,11 @@ class Completer:
             self._completed(rows)
         if written.results:
             self._written(written.results, written.states)
+        self._again += written.again
+        if written.stale:
+            self.stale += len(written.stale)
+            ids = [job.id for job in written.stale[:20]]
+            log.warning("%d outcomes came too late and changed nothing: jobs %s", len(written.stale), ids)
 
     def _complete(self, rows: Sequence[Fetched]) -> bool:
         """Write that *rows* just completed; False if that cannot be said of each of them: then the general way goes
@@ -244,31 +248,17 @@ class Completer:
                 self._write_batch(batch[:middle], pause, written)
                 self._write_batch(batch[middle:], pause, written)
             else:
-                self._refused(batch[0], error, pause)
+                written.again.append(_refused(batch[0], error, pause))
             return
         if None in came_to:
             missing = [result for result, state in zip(batch, came_to, strict=True) if state is None]
-            found = self._look_after(missing, pause)
+            found = self._look_after(missing, pause, written)
             came_to = [state or found.get(result.job.id) for result, state in zip(batch, came_to, strict=True)]
             batch = [result for result, state in zip(batch, came_to, strict=True) if state is not None]
         written.results.extend(batch)
         written.states.extend(filter(None, came_to))
 
-    def _refused(self, result: Result, error: Exception, pause: float) -> None:
-        """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
-        job = result.job
-        said = without_passwords(str(error).partition("\n")[0][:500])
-        log.error(
-            "the outcome of job %d cannot be written, tried again in %.2f s: %s", job.id, pause, said, **of_job(job)
-        )
-        if pause >= _GIVE_UP:
-            error_ = AttemptError(job.attempt, storable(f"its outcome could not be stored: {said}", 1_000))
-            last = job.attempt >= job.max_attempts
-            transition = discarded(error_) if last else errored(error_, RIVER_POLICY.delay(job.attempt))
-            result = result._replace(transition=transition)
-        self._again.append(Again(time.monotonic() + pause, pause, [result]))
-
-    def _look_after(self, missing: list[Result], pause: float) -> dict[int, JobState]:
+    def _look_after(self, missing: list[Result], pause: float, written: Written) -> dict[int, JobState]:
         """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no
         longer ours.
         """
@@ -278,13 +268,8 @@ class Completer:
         states = {row.id: JobState(row.state) for row in rows}
         held = [result for result in missing if states.get(result.job.id) == JobState.RUNNING]
         if held:
-            self._again.append(Again(time.monotonic() + pause, pause, held))
-        stale = [job for job in jobs if job.id not in states]
-        if stale:
-            self.stale += len(stale)
-            log.warning(
-                "%d outcomes came too late and changed nothing: jobs %s", len(stale), [job.id for job in stale[:20]]
-            )
+            written.again.append(Again(time.monotonic() + pause, pause, held))
+        written.stale.extend(job for job in jobs if job.id not in states)
         return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
 
     def _settle(self, batch: list[Result]) -> Sequence[JobState | None]:
@@ -298,6 +283,19 @@ class Completer:
         if given_back:
             self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": given_back})
         return [states.get(result.job.id) for result in batch]
+
+
+def _refused(result: Result, error: Exception, pause: float) -> Again:
+    """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
+    job = result.job
+    said = without_passwords(str(error).partition("\n")[0][:500])
+    log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", job.id, pause, said, **of_job(job))
+    if pause >= _GIVE_UP:
+        error_ = AttemptError(job.attempt, storable(f"its outcome could not be stored: {said}", 1_000))
+        last = job.attempt >= job.max_attempts
+        transition = discarded(error_) if last else errored(error_, RIVER_POLICY.delay(job.attempt))
+        result = result._replace(transition=transition)
+    return Again(time.monotonic() + pause, pause, [result])
 
 
 def complete_parameters(given: Iterable[tuple[int, str]]) -> dict[str, Sequence[Any]]:

@@ -44,7 +44,7 @@ class Listener:
     ) -> None:
         self._runner = runner
         self._engine = engine
-        self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"})
+        self._own = OwnConnection(engine, declared_schema, name, {"statement_timeout": "10s"}, prepare=False)
         self._topics = topics
         self._heard = heard
         self._stopping = threading.Event()
@@ -99,15 +99,14 @@ class Listener:
     def _is_deaf(self, raw: Any) -> bool:
         """Whether a transaction pooler hands our LISTEN from one server connection to the next.
 
-        The process that answers a pooled connection is not the one that the connection was told of at its start. Then
-        a notification of our own, sent on another connection, says whether any comes through.
+        Where there is a pooler, a notification of our own, sent on another connection, tells: one that pools sessions
+        lets it through.
         """
-        (answers,) = raw.execute("SELECT pg_backend_pid()").fetchone()
-        if answers == raw.info.backend_pid:
+        if not self._own.pooled:
             return False
         channel = f"sqla_river_echo_{secrets.token_hex(4)}"
         raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-        other = OwnConnection(self._engine, None, "sqla_river:echo")
+        other = OwnConnection(self._engine, None, "sqla_river:echo", prepare=False)
         try:
             other.get().execute(select(func.pg_notify(channel, "")))
         finally:
@@ -125,7 +124,6 @@ class Listener:
         connection = self._own.get()
         schema = self._own.schema or connection.execute(select(func.current_schema())).scalar_one()
         raw = self._own.raw
-        raw.prepare_threshold = None  # a transaction pooler may not know what was prepared
         channels = {f"{schema}.{topic}": topic for topic in self._topics}
         for channel in channels:
             raw.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))

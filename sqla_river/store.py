@@ -177,6 +177,7 @@ class OwnConnection:
         name: in ``application_name``.
         settings: of the server, for this connection.
         binary: whether results come in binary, for many rows of plain types.
+        prepare: whether the server keeps the statements; never where the engine says no, or through a pooler.
     """
 
     def __init__(
@@ -187,9 +188,11 @@ class OwnConnection:
         settings: Mapping[str, str] | None = None,
         *,
         binary: bool = False,
+        prepare: bool = True,
     ) -> None:
         self._engine = engine
         self._binary = binary
+        self._prepare = prepare
         self._declared = declared_schema
         self._settings = {
             "application_name": name[:63],
@@ -203,6 +206,8 @@ class OwnConnection:
         self._connection: Connection | None = None
         self._raw: Any = None
         self.schema: str | None = None
+        self.pooled = False
+        """Whether a pooler stands in between: the process that answers is not the one that the driver was told of."""
 
     def get(self) -> Connection:
         """The open connection; opened now if there is none.
@@ -214,14 +219,21 @@ class OwnConnection:
             self._connection = connection = self._engine.connect()
             try:
                 self._raw = connection.connection.dbapi_connection
-                if getattr(self._raw, "prepare_threshold", None) is not None:  # else it must not, or another driver
-                    self._raw.prepare_threshold = 0  # all that runs here runs again
+                may_prepare = getattr(self._raw, "prepare_threshold", None) is not None  # else no, or another driver
+                if may_prepare:
+                    self._raw.prepare_threshold = None  # until it is known who answers
                 if self._binary:
                     _ask_for_binary(self._raw)
                 connection.execution_options(isolation_level="AUTOCOMMIT")
                 connection.detach()
                 given = (func.set_config(key, value, False) for key, value in self._settings.items())
-                connection.execute(select(*given))
+                answers = connection.execute(select(func.pg_backend_pid(), *given)).scalar_one()
+                self.pooled = answers != getattr(getattr(self._raw, "info", None), "backend_pid", answers)
+                # Through a transaction pooler, a client meets what others prepared by the same names (PgBouncer 1.18:
+                # "_pg3_0 already exists", "supplies 3 parameters, but requires 4"). Whether the pooler is one of
+                # sessions, or tells statements apart, does not show here.
+                if may_prepare and self._prepare and not self.pooled:
+                    self._raw.prepare_threshold = 0  # all that runs here runs again
                 self.schema = real_schema(connection, self._declared)
             except BaseException:
                 self.close()

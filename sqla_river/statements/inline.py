@@ -49,7 +49,7 @@ SELECT_NEXT_JOB: Final = (
 
 _this_one: Final[ColumnElement[bool]] = w.c.id == bindparam("p_id", type_=BigInteger)
 
-# Caller: testing/inline.py. The same as FETCH_AVAILABLE, of one job.
+# Caller: testing/inline.py. The same as FETCH_AVAILABLE, of one job; which may be a suspect: it runs alone anyway.
 FETCH_JOB_AT: Final = at_clock(take(first_free(_this_one)))
 
 # Caller: testing/inline.py. The same as SETTLE_JOBS and SETTLE_JOB.

@@ -28,6 +28,7 @@ from tests.making import (
     eventually,
     explain,
     fetch,
+    make_completer,
     make_executor,
     make_jobs,
     opened,
@@ -186,6 +187,22 @@ def test_a_row_locked_by_an_open_transaction_delays_that_job_alone(
     assert 0 < pause <= 0.1
     assert read_job(engine, locked)["state"] == (transition or states.completed()).state
     assert told.completer.stale == 0
+
+
+def test_what_is_tried_again_counts_as_unwritten_until_it_is_written(engine: Engine) -> None:
+    (job_id,) = make_jobs(engine, state=JobState.RUNNING)
+    unwritten: list[int] = []
+
+    with opened(engine) as own:
+        completer = make_completer(own, lambda _id, _state: unwritten.append(completer.backlog))
+        with engine.begin() as theirs:
+            theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {job_id} FOR UPDATE")
+            completer.put(result(job_id, states.completed()))
+            completer.step()
+        eventually(lambda: (completer.step(), unwritten != [])[1], what="the second try")
+
+    assert unwritten == [1]
+    assert completer.backlog == 0
 
 
 def test_what_is_put_while_a_row_is_locked_is_written_at_once(engine: Engine) -> None:
@@ -453,6 +470,52 @@ def test_a_lost_connection_loses_no_result_and_writes_none_twice(engine: Engine,
         assert row["attempt"] == 3 - transition.attempt_back
         assert len(row["all_errors"] or []) == (transition.error is not None)
         assert row["metadata"].get("snoozes", 0) == transition.snoozed
+
+
+class _LostLater(OwnConnection):
+    """Loses its connection, once, when the outcome of `last` is to be written alone."""
+
+    last = 0
+
+    def execute(self, statement: Executable, parameters: Any = None) -> Any:
+        if statement is SETTLE_JOBS and parameters["p_ids"] == [self.last]:
+            self.last = 0
+            self.raw.close()
+        return super().execute(statement, parameters)
+
+
+@pytest.mark.parametrize("retried", [False, True], ids=["first try", "second try"])
+def test_what_was_put_aside_before_the_connection_was_lost_is_written_and_told_once(
+    engine: Engine, retried: bool
+) -> None:
+    jobs = locked, stale, trapped, last = make_jobs(engine, 4, state=JobState.RUNNING)
+    own = _LostLater(engine, None, "test")
+    told = _Told(own)
+
+    with engine.connect() as theirs:
+        if retried:  # all of them are put aside together
+            theirs.exec_driver_sql("SELECT 1 FROM river_job FOR UPDATE")
+        for job_id in jobs:
+            told.completer.put(result(job_id, states.discarded(ERROR)))
+        if retried:
+            told.completer.step()
+            theirs.rollback()
+        theirs.exec_driver_sql(f"UPDATE river_job SET attempted_by = '{{thief/1}}' WHERE id = {stale}")
+        theirs.commit()
+        _trap(engine, trapped, "23514")
+        theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {locked} FOR UPDATE")
+        own.last = last
+        with pytest.raises(OperationalError):
+            eventually(lambda: (told.completer.step(), False)[1], what="the loss")
+        lost = told.completer.backlog, told.completer.stale, list(told.written)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TRIGGER trap ON river_job")
+    eventually(lambda: (told.completer.step(), told.completer.backlog == 0)[1], what="the others")
+    own.close()
+
+    assert lost == (4, 0, [])
+    assert sorted(told.written) == [(job_id, JobState.DISCARDED) for job_id in (locked, trapped, last)]
+    assert told.completer.stale == 1
 
 
 def test_a_killed_connection_is_replaced(engine: Engine) -> None:

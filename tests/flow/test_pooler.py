@@ -1,4 +1,6 @@
-"""LISTEN through a real PgBouncer: found out and reported where it cannot work, and left alone where it can."""
+"""Through a real PgBouncer nothing is prepared; LISTEN is found out and reported where it cannot work, and left alone
+where it can.
+"""
 
 import logging
 import os
@@ -10,12 +12,14 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_river import Runner
+from sqla_river.store import OwnConnection
 from tests.making import eventually
 from tests.programs import program
 from tests.working import SLOW_POLL, nothing, put, settled, working
@@ -68,26 +72,44 @@ def hears(runner: Runner) -> bool:
     return incarnation is not None and incarnation._fetcher._hears()
 
 
-def test_a_listener_on_a_transaction_pooler_is_found_out_and_jobs_are_polled_for(
-    url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+POLL: Final = timedelta(milliseconds=100)
+PREPARING: Final[dict[str, dict[str, int | None]]] = {
+    "psycopg's default": {},
+    "never": {"prepare_threshold": None},
+    "at once": {"prepare_threshold": 0},
+}
+
+
+@pytest.mark.parametrize("threshold", PREPARING.values(), ids=PREPARING)
+def test_a_runner_on_a_transaction_pooler_works_and_one_that_listens_there_is_told(
+    url: str, engine: Engine, caplog: pytest.LogCaptureFixture, threshold: dict[str, int | None]
 ) -> None:
-    with pgbouncer(url, "transaction") as through:
-        pooled = create_engine(through, connect_args={"prepare_threshold": None})
-        with caplog.at_level(logging.WARNING), working(pooled, nothing, poll=timedelta(milliseconds=100)) as runner:
-            (job_id,) = put(engine, 1)
+    with pgbouncer(url, "transaction") as through, caplog.at_level(logging.WARNING):
+        pooled = create_engine(through, connect_args=threshold)
+        with working(pooled, nothing, poll=POLL) as runner:
+            for number in range(10):  # psycopg prepares the sixth time
+                (job_id,) = put(engine, number)
+                assert settled(engine, job_id)["state"] == "completed"
+            assert not hears(runner)
+        first = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        with working(engine, nothing, listen=pooled, poll=POLL) as runner:
+            (job_id,) = put(engine, 10)
             assert settled(engine, job_id)["state"] == "completed"
             assert not hears(runner)
-        warned = [record.getMessage() for record in caplog.records if SAID in record.getMessage()]
+        second = [record.getMessage() for record in caplog.records]
         caplog.clear()
         with working(pooled, nothing, listen=engine, poll=SLOW_POLL) as runner:
-            (job_id,) = put(engine, 2)
+            (job_id,) = put(engine, 11)
             assert settled(engine, job_id)["state"] == "completed"
             assert hears(runner)
         pooled.dispose()
 
-    assert len(warned) == 1
-    assert "give the Runner listen=" in warned[0]
-    assert SAID not in caplog.text
+    for warned in (first, second):
+        assert len(warned) == 1
+        assert SAID in warned[0]
+        assert "give the Runner listen=" in warned[0]
+    assert caplog.records == []
 
 
 def test_a_listener_on_a_session_pooler_hears(url: str, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,3 +122,24 @@ def test_a_listener_on_a_session_pooler_hears(url: str, engine: Engine, caplog: 
         pooled.dispose()
 
     assert SAID not in caplog.text
+
+
+@pytest.mark.parametrize("threshold", PREPARING.values(), ids=PREPARING)
+def test_a_kept_connection_prepares_all_that_it_runs_or_nothing(url: str, threshold: dict[str, int | None]) -> None:
+    def prepared(to: str, *, prepare: bool = True) -> list[str]:
+        where = create_engine(to, connect_args=threshold)
+        own = OwnConnection(where, None, "test", prepare=prepare)
+        names = [own.execute(text("SELECT name FROM pg_prepared_statements")).scalars().all() for _ in range(10)][-1]
+        own.close()
+        where.dispose()
+        return list(names)
+
+    direct = prepared(url)
+    told_not_to = prepared(url, prepare=False)
+    through: list[str] = []
+    for mode in ("transaction", "session"):
+        with pgbouncer(url, mode) as pooler:
+            through += prepared(pooler)
+
+    assert len(direct) == (0 if threshold == PREPARING["never"] else 1)
+    assert told_not_to == through == []

@@ -1,6 +1,7 @@
 """Jobs worked inside of a test's own transaction."""
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -111,11 +112,12 @@ def test_at_a_chosen_time_the_statement_is_the_runners_own_but_for_the_clock(rea
     assert compiled(chosen).replace(clock, "now()") == compiled(real)
 
 
-def test_one_job_is_fetched_as_a_runner_fetches_many() -> None:
+def test_one_job_is_fetched_as_a_runner_fetches_many_but_for_suspects() -> None:
     clock, one = "%(p_now)s::TIMESTAMP WITH TIME ZONE", " AND w.id = %(p_id)s::BIGINT"
-    assert one in compiled(FETCH_JOB_AT)
+    many, suspects = re.subn(r" AND \(w\.attempt < 2 OR NOT .*?\)\)\)", one, compiled(FETCH_AVAILABLE), flags=re.DOTALL)
+    assert suspects == 1
 
-    assert compiled(FETCH_JOB_AT).replace(clock, "now()").replace(one, "") == compiled(FETCH_AVAILABLE)
+    assert compiled(FETCH_JOB_AT).replace(clock, "now()") == many
 
 
 # ---- drain ------------------------------------------------------------------------------
@@ -261,6 +263,19 @@ def test_expired_undecodable_and_paused_jobs_are_met_as_a_runner_meets_them(sess
     assert (undecoded.state, undecoded.job, undecoded.args) == (JobState.RETRYABLE, None, None)
     assert isinstance(undecoded.error, DecodeError)
     assert (expired.state, expired.args) == (JobState.CANCELLED, None)
+
+
+def test_a_job_that_killed_its_runners_runs_too(session: Session) -> None:
+    enqueue(session, Count(1))
+    suspect = enqueue(session, Count(2))
+    session.flush()
+    suspect.attempt = 2
+    session.flush()
+    session.execute(text("INSERT INTO river_suspect (job_id, deaths, alone) VALUES (:id, 2, 0)"), {"id": suspect.id})
+
+    worked = drain(session, handling(nothing))
+
+    assert [(each.args.number, each.state) for each in worked] == [(1, JobState.COMPLETED), (2, JobState.COMPLETED)]
 
 
 def test_a_job_cancelled_or_deleted_by_its_own_handler(session: Session) -> None:

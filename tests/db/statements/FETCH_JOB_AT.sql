@@ -4,9 +4,7 @@ WHERE (river_job.ctid = any(array((SELECT j.ctid
 FROM unnest(%(p_queues)s::TEXT[], %(p_slots)s::INTEGER[]) AS q(queue, slots)
 JOIN LATERAL (SELECT w.ctid AS ctid
 FROM river_job AS w
-WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= %(p_now)s::TIMESTAMP WITH TIME ZONE AND w.kind = any(%(p_kinds)s::TEXT[]) AND (w.attempt < 2 OR NOT (EXISTS (SELECT river_suspect.job_id
-FROM river_suspect
-WHERE river_suspect.job_id = w.id AND river_suspect.deaths >= 2))) AND w.id = %(p_id)s::BIGINT
+WHERE w.state = 'available' AND w.queue = q.queue AND w.scheduled_at <= %(p_now)s::TIMESTAMP WITH TIME ZONE AND w.kind = any(%(p_kinds)s::TEXT[]) AND w.id = %(p_id)s::BIGINT
 ORDER BY w.priority, w.scheduled_at, w.id
 LIMIT q.slots
 FOR UPDATE OF w SKIP LOCKED) AS j ON true
