@@ -69,7 +69,8 @@ class Runner:
         lease: how long a silent runner keeps its jobs.
         stop_timeout: how long running jobs may go on after `stop`, before they are interrupted.
         retention: how long finished jobs stay.
-        reindex: rebuild our indexes of ``river_job`` once a day, concurrently; autovacuum alone does in most cases.
+        reindex: rebuild our indexes of ``river_job`` once a day, concurrently; autovacuum alone does in most cases. Not
+            through a pooler.
         keep_logs: store what ``job.log`` says in each attempt with the job, under River's metadata key ``river:log``,
             at most 64 kB; a worker's own setting comes first.
         log_args: let the log record of a failure carry the args, as ``job_args``, with ``***`` for redacted fields.

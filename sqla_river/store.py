@@ -4,12 +4,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, Final, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import Connection, Engine, Executable, RootTransaction, Transaction, func, select
+from sqlalchemy import ColumnElement, Connection, Engine, Executable, RootTransaction, Transaction, false, func, select
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import statements
@@ -17,6 +18,7 @@ from sqla_river.errors import WrongDatabaseError
 from sqla_river.states import Transition
 
 T = TypeVar("T")
+_ALONE: Final = nullcontext()
 
 _now: WeakKeyDictionary[Transaction, tuple[datetime, float]] = WeakKeyDictionary()
 
@@ -167,7 +169,8 @@ def _ask_for_binary(raw: Any) -> None:
 class OwnConnection:
     """One connection that a runner keeps, detached from the pool of *engine* (a `twin`).
 
-    Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks. After an error
+    Autocommit, READ COMMITTED, UTC, named in ``application_name``, with bounds on statements and locks; through a
+    pooler in the transaction of each statement, for what is set there for longer is set for everybody. After an error
     that may have broken it, it is closed, and the next `get` opens a new one. Let alone, a detached Connection
     reconnects *from the pool* and loses its autocommit: its writes would never commit.
 
@@ -226,19 +229,33 @@ class OwnConnection:
                     _ask_for_binary(self._raw)
                 connection.execution_options(isolation_level="AUTOCOMMIT")
                 connection.detach()
-                given = (func.set_config(key, value, False) for key, value in self._settings.items())
-                answers = connection.execute(select(func.pg_backend_pid(), *given)).scalar_one()
-                self.pooled = answers != getattr(getattr(self._raw, "info", None), "backend_pid", answers)
+                told = getattr(getattr(self._raw, "info", None), "backend_pid", None)
+                answers = func.pg_backend_pid()
+                pooled = answers != told if told is not None else false()
+                self.pooled = connection.execute(select(pooled, *self._set(local=pooled))).scalar_one()
                 # Through a transaction pooler, a client meets what others prepared by the same names (PgBouncer 1.18:
                 # "_pg3_0 already exists", "supplies 3 parameters, but requires 4"). Whether the pooler is one of
                 # sessions, or tells statements apart, does not show here.
-                if may_prepare and self._prepare and not self.pooled:
+                if self.pooled:
+                    from psycopg import IsolationLevel  # whoever only enqueues may have another driver
+
+                    self._raw.isolation_level = IsolationLevel.READ_COMMITTED
+                elif may_prepare and self._prepare:
                     self._raw.prepare_threshold = 0  # all that runs here runs again
                 self.schema = real_schema(connection, self._declared)
             except BaseException:
                 self.close()
                 raise
         return self._connection
+
+    def _set(self, *, local: Any) -> list[ColumnElement[str]]:
+        return [func.set_config(key, value, local) for key, value in self._settings.items()]
+
+    @contextmanager
+    def _bounded(self, connection: Connection) -> Generator[None]:
+        with self._raw.transaction():
+            connection.execute(select(*self._set(local=True)))
+            yield
 
     @property
     def raw(self) -> Any:
@@ -247,10 +264,13 @@ class OwnConnection:
         return self._raw
 
     def execute(self, statement: Executable, parameters: Mapping[str, Any] | None = None) -> Rows:
-        """Run one of our statements. An error that broke the connection closes it, and the next call opens another."""
+        """Run one of our statements, in one round trip, through a pooler in four. An error that broke the connection
+        closes it, and the next call opens another.
+        """
         connection = self.get()
         try:
-            return execute(connection, self.schema, statement, parameters)
+            with self._bounded(connection) if self.pooled else _ALONE:
+                return execute(connection, self.schema, statement, parameters)
         except BaseException as error:
             if not isinstance(error, DBAPIError) or error.connection_invalidated or connection.invalidated:
                 self.close()

@@ -6,7 +6,10 @@ from typing import Final
 from sqlalchemy import func, select, text
 
 from sqla_river.ddl.upkeep import FIND_INDEXES, REINDEXED, drop_leftover, leftovers, reindex
+from sqla_river.logs import Log
 from sqla_river.store import OwnConnection
+
+log: Final = Log(__name__)
 
 TIMEOUT: Final = "60s"
 """For one index, the wait for older transactions included; River's number."""
@@ -30,6 +33,9 @@ class Reindex:
 
     def do(self, own: OwnConnection) -> bool:
         found = [str(name) for name in own.execute(text(FIND_INDEXES), {"p_schema": own.schema}).scalars()]
+        if own.pooled:  # which keeps no bound for what runs in no transaction
+            log.warning("no index is made anew, for this runner's engine goes through a pooler; give it another one")
+            return False
         if not self._left:
             for name in leftovers(found):
                 _patiently(own, drop_leftover(own.schema, name))

@@ -17,6 +17,7 @@ from typing import Final
 import psycopg
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from sqla_river import Runner
 from sqla_river.store import OwnConnection
@@ -110,6 +111,48 @@ def test_a_runner_on_a_transaction_pooler_works_and_one_that_listens_there_is_to
         assert SAID in warned[0]
         assert "give the Runner listen=" in warned[0]
     assert caplog.records == []
+
+
+SHOWN: Final = text(
+    "SELECT name, setting FROM pg_settings WHERE name IN ('TimeZone', 'lock_timeout', 'statement_timeout', 'jit', "
+    "'enable_seqscan', 'plan_cache_mode', 'synchronous_commit', 'default_transaction_isolation') ORDER BY name"
+)
+
+
+def test_what_a_runner_sets_is_not_set_for_others_of_the_same_pooler(url: str, engine: Engine) -> None:
+    with engine.connect() as direct:
+        before = direct.execute(SHOWN).all()
+    with pgbouncer(url, "transaction") as through:
+        pooled = create_engine(through, pool_size=20, connect_args=PREPARING["never"])
+        with working(pooled, nothing, poll=POLL):
+            for number in range(10):
+                (job_id,) = put(pooled, number)
+                assert settled(engine, job_id)["state"] == "completed"
+        own = OwnConnection(pooled, None, "test")
+        within = dict(own.execute(SHOWN).all())
+        own.close()
+        others = [pooled.connect() for _ in range(10)]  # transactions that are open at the same time: as many servers
+        after = [each.execute(SHOWN).all() for each in others]
+        for each in others:
+            each.close()
+        pooled.dispose()
+
+    assert (within["lock_timeout"], within["jit"], within["TimeZone"]) == ("5000", "off", "UTC")
+    assert after == [before] * 10
+
+
+def test_an_error_of_a_statement_leaves_a_connection_through_a_pooler_usable(url: str) -> None:
+    with pgbouncer(url, "transaction") as through:
+        pooled = create_engine(through)
+        own = OwnConnection(pooled, None, "test")
+        with pytest.raises(DBAPIError):
+            own.execute(text("SELECT 1/0"))
+        raw = own.raw
+
+        assert own.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
+        assert own.raw is raw
+        own.close()
+        pooled.dispose()
 
 
 def test_a_listener_on_a_session_pooler_hears(url: str, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
