@@ -186,6 +186,9 @@ class CattrsCodec:
         """
         decoded: A
         quick = self._quick.get(args_type)
+        if quick is None and args_type not in self._quick:
+            self.prepare(args_type)
+            quick = self._quick[args_type]
         if quick is not None:
             try:
                 decoded = quick(raw)
@@ -193,8 +196,6 @@ class CattrsCodec:
                 pass
             else:
                 return decoded
-        elif args_type not in self._quick:
-            self.prepare(args_type)
         try:
             plan = self._plans.get(args_type) or self.plan(args_type)
             if plan.raw:
