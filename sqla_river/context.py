@@ -162,7 +162,8 @@ class JobContext(Generic[A_co]):
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
         """Show how far the job is, in its metadata under ``sqla_river:progress``, while it runs. Cheap: written at
-        most once a second.
+        most once a second. Of a transactional job on an engine of REPEATABLE READ or SERIALIZABLE nothing is shown: its
+        completion would fail.
 
         Raises:
             InvalidOptionError: no JSON.

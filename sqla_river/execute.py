@@ -34,6 +34,7 @@ class Unit(Protocol):
     """A transactional attempt: its session, and the way to commit it together with the job."""
 
     session: Any
+    follows: bool
 
     def settle(self, session: Any, transition: Transition) -> JobState: ...
 
@@ -144,6 +145,8 @@ class Executor:
             return
         if worker.transactional:
             with self._scope.open(attempt.row) as unit:
+                if not unit.follows:
+                    attempt.tell = None
                 self._start(worker, attempt)
                 transition = self._wished(attempt, self._chain(worker)(attempt, unit.session))
                 attempt.transition = transition
@@ -162,6 +165,8 @@ class Executor:
                     pass
                 elif worker.transactional:
                     async with self._scope.open_async(attempt.row) as unit:
+                        if not unit.follows:
+                            attempt.tell = None
                         transition = self._wished(attempt, await self._call_apart(worker, attempt, unit.session))
                         attempt.transition = transition
                         attempt.settled = await unit.session.run_sync(unit.settle, transition)

@@ -164,7 +164,7 @@ class Incarnation:
             duties,
             [
                 Rescue(lambda: self._heart.kept, self._rescued, _sweep_every(orders.lease)),
-                Isolate(lambda: self._fetcher.suspects, self._fetcher.turn.begin),
+                Isolate(lambda: self._fetcher.suspects, self._fetcher.turn.begin, lambda: self._fetcher.turn.longest),
                 Prune(orders.retention),
                 Count(),
                 Clean(),

@@ -79,7 +79,10 @@ class Judge:
                 return states.discarded(said, metadata)
             return states.errored(said, answer, metadata)
         except BaseException as second:  # noqa: BLE001 - judging must not fail either
-            return states.errored(failure.attempt_error(row.attempt, second, hide), RIVER_POLICY.delay(row.attempt))
+            said = failure.attempt_error(row.attempt, second, hide)
+            if row.attempt >= row.max_attempts:
+                return states.discarded(said)
+            return states.errored(said, RIVER_POLICY.delay(row.attempt))
 
     def _args_of(self, worker: Worker | None, row: JobRow) -> dict[str, object]:
         if not self._log_args or worker is None:

@@ -6,10 +6,12 @@ statement before COMMIT. Ending the transaction through the driver itself (a raw
 supported.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
 
@@ -35,6 +37,13 @@ RESOLVE_FOR: Final = 10.0
 """Seconds to ask what became of a COMMIT whose reply was lost; after that the fence sorts it out when a failure is
 written.
 """
+_NONE_FREE: Final = (PoolTimeoutError, DBAPIError, OSError)
+"""What connecting raises where the pool or the server has no connection left, or the server is away; OSError is that of
+drivers which raise it as it is.
+"""
+_PAUSES: Final = (0.1, 0.2, 0.5, 1.0)
+"""Seconds between two tries to connect; the last goes on."""
+_FOLLOWS_OTHERS: Final = {"READ COMMITTED", "READ UNCOMMITTED", "AUTOCOMMIT"}
 _KEY: Final = "sqla_river.unit"
 _classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 _lock: Final = threading.Lock()
@@ -49,7 +58,7 @@ class CommitUnknownError(Exception):
 
 
 class NeverBegunError(Exception):
-    """The runner stops, and no connection had come free for the job."""
+    """The runner stops, and no connection was to be had for the job."""
 
 
 class Unit:
@@ -63,6 +72,12 @@ class Unit:
         self.session: Any = None
         self.kept: Callable[[], bool] = lambda: True
         """Whether the user's scoped_session still leads to the session."""
+        level = getattr(connection.connection, "isolation_level", None)  # None is the server's own
+        name = str(getattr(level, "name", level) or connection.default_isolation_level)
+        self.follows = name.upper().replace("_", " ") in _FOLLOWS_OTHERS
+        """Whether the job's row may be written to by others meanwhile: in a transaction that keeps its first snapshot,
+        the completion would fail.
+        """
 
     def settle(self, session: Session, transition: Transition) -> JobState:
         """Flush *session*, write *transition* under the fence, and commit all of it; the state that the job came to.
@@ -236,22 +251,29 @@ class Scope:
                 time.sleep(0.2)
 
     def _wait_for_connection(self) -> Connection:
-        """A connection of the user's pool; while all are taken the job waits rather than fails."""
-        while True:
+        """A connection of the user's pool; while none is to be had the job waits rather than fails."""
+        for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             try:
                 return self._engine.connect()
-            except PoolTimeoutError as error:
-                if self._stopped():
-                    raise NeverBegunError from error
+            except _NONE_FREE as error:
+                self._none_free(error)
+            time.sleep(pause)
+        raise AssertionError
 
     async def _wait_for_async_connection(self) -> "AsyncConnection":
         assert self._async_engine is not None
-        while True:
+        for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             try:
                 return await self._async_engine.connect()
-            except PoolTimeoutError as error:
-                if self._stopped():
-                    raise NeverBegunError from error
+            except _NONE_FREE as error:
+                self._none_free(error)
+            await asyncio.sleep(pause)
+        raise AssertionError
+
+    def _none_free(self, error: Exception) -> None:
+        if self._stopped():
+            raise NeverBegunError from error
+        log.warning("a transactional job waits for a connection: %s", str(error).partition("\n")[0])
 
     def _unit(self, connection: Connection, row: JobRow) -> Unit:
         if getattr(

@@ -19,6 +19,10 @@ from sqla_river.states import Transition
 
 T = TypeVar("T")
 _ALONE: Final = nullcontext()
+_ELSEWHERE: Final = {"25006", "57P01", "57P02", "57P03"}
+"""Errors that another connection may not meet: that of a standby, where a failover led us for a moment (read-only), and
+those of a server that stops or starts.
+"""
 
 _now: WeakKeyDictionary[Transaction, tuple[datetime, float]] = WeakKeyDictionary()
 
@@ -272,7 +276,12 @@ class OwnConnection:
             with self._bounded(connection) if self.pooled else _ALONE:
                 return execute(connection, self.schema, statement, parameters)
         except BaseException as error:
-            if not isinstance(error, DBAPIError) or error.connection_invalidated or connection.invalidated:
+            if (
+                not isinstance(error, DBAPIError)
+                or error.connection_invalidated
+                or connection.invalidated
+                or getattr(error.orig, "sqlstate", None) in _ELSEWHERE
+            ):
                 self.close()
             raise
 

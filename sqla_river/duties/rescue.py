@@ -64,21 +64,24 @@ class Isolate:
     Args:
         suspects: whether there are any, as far as this runner knows.
         begin: asks the fetcher to do it; False if it has no suspect to run.
+        longest: for how long no other runner may take its turn; the fetcher ends it sooner.
     """
 
     name = ISOLATION
     every = timedelta(seconds=5)
-    turn = timedelta(seconds=130)
-    """For which no other runner takes its turn: 30 s to run empty, 30 s in which suspects begin, 60 s alone; the
-    fetcher ends it sooner.
-    """
 
-    def __init__(self, suspects: Callable[[], bool], begin: Callable[[OwnConnection], bool]) -> None:
+    def __init__(
+        self,
+        suspects: Callable[[], bool],
+        begin: Callable[[OwnConnection], bool],
+        longest: Callable[[], timedelta],
+    ) -> None:
         self.entitled = suspects
         self._begin = begin
+        self._longest = longest
 
     def do(self, own: OwnConnection) -> bool:
-        own.execute(POSTPONE_DUTY, {"p_name": self.name, "p_after": self.turn})
+        own.execute(POSTPONE_DUTY, {"p_name": self.name, "p_after": self._longest()})
         if not self._begin(own):
             own.execute(POSTPONE_DUTY, {"p_name": self.name, "p_after": self.every})
         return False

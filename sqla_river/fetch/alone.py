@@ -5,11 +5,17 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
+from sqla_river.logs import Log
 from sqla_river.statements import CLEAR_ALONE, COUNT_SUSPECTS, POSTPONE_DUTY
 from sqla_river.store import OwnConnection
 
+log: Final = Log(__name__)
+
 RUN_EMPTY_WITHIN: Final = 30.0
-"""Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect."""
+"""Seconds that a runner waits for its slots to run empty, before it goes on without running a suspect. After each turn
+in vain twice as long, up to `LONGEST`: where there always is a long job the suspect would never run.
+"""
+LONGEST: Final = 480.0
 ALONE_FOR: Final = 60.0
 """Seconds after which a job that ran alone is no longer suspected of the death of its runner."""
 ISOLATION: Final = "isolate"
@@ -38,6 +44,7 @@ class Turn:
         self._until = 0.0
         self._not_before = 0.0
         self._ran = False
+        self._in_vain = 0
         self.on = False
         """Whether the slots run empty, or a suspect runs alone."""
 
@@ -50,11 +57,22 @@ class Turn:
             return False
         self._began = now
         self._ran = False
-        self._alone_until = now + RUN_EMPTY_WITHIN
+        self._alone_until = now + self._patience
         self._until = self._alone_until + RUN_EMPTY_WITHIN
         self.on = True
         self._wake()
         return True
+
+    @property
+    def _patience(self) -> float:
+        return min(RUN_EMPTY_WITHIN * 2.0**self._in_vain, LONGEST)
+
+    @property
+    def longest(self) -> timedelta:
+        """For which no other runner takes its turn: to run empty, for suspects to begin, and for the last of them
+        alone.
+        """
+        return timedelta(seconds=self._patience + RUN_EMPTY_WITHIN + ALONE_FOR + 10)
 
     def step(self, *, busy: bool, fetch: Callable[[], bool]) -> None:
         """One look: wait while a slot is *busy*, else *fetch* the next suspect, until there is none or time is up."""
@@ -66,14 +84,22 @@ class Turn:
             self._ran = self._ran or not over
             self._alone_until = now + ALONE_FOR
         if over:
-            self._end(now)
+            self._end(now, in_vain=busy)
 
     def wait(self, now: float) -> float:
         """Seconds from *now* until a busy slot is no longer waited for."""
         return self._alone_until - now
 
-    def _end(self, now: float) -> None:
-        if not self._ran:  # a long job runs here: it must not cost the runner more than a tenth of its time
+    def _end(self, now: float, *, in_vain: bool) -> None:
+        if self._ran:
+            self._in_vain = 0
+        elif in_vain:  # a long job runs here: it must not cost the runner more than a tenth of its time
+            log.remind(
+                "a job that met the deaths of two runners waits to run alone, and no slot ran empty within %.0f s; "
+                "start a runner beside this one, or stop one",
+                self._patience,
+            )
+            self._in_vain += 1
             self._not_before = now + 9 * (now - self._began)
         self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
         self._own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})

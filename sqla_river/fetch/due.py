@@ -4,9 +4,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from sqla_river.statements import SCHEDULE_DUE, SELECT_NEXT_DUE
+from sqlalchemy.exc import DBAPIError
+
+from sqla_river.statements import SCHEDULE_DUE, SCHEDULE_KEYLESS, SCHEDULE_ONE, SELECT_LATER_DUE, SELECT_NEXT_DUE
 from sqla_river.store import OwnConnection
 
 EVERY: Final = 0.025
@@ -19,6 +21,10 @@ STAGGER: Final = 0.005
 """Seconds by which each further runner of a fleet looks later at what is due: fifty of them need not all fire for one
 job.
 """
+BATCH: Final = 1_000
+"""Rows that one schedule moves at most."""
+KEY_IN_THE_WAY: Final = {"55P03", "23505", "40P01"}
+"""Waited for too long; taken since the statement began; waited for by each other."""
 
 
 class DueTimer:
@@ -67,15 +73,36 @@ class DueTimer:
             self._read(unbounded=False)
             if self.at > self._looked_at + self.rank * STAGGER:
                 return set()
-        moved = self._own.execute(SCHEDULE_DUE, {"p_schema": self._own.schema}).all()
+        moved, rest = self._schedule()
         self._read(unbounded=False)
-        if not moved and self.at <= self._looked_at + self.rank * STAGGER:
+        if (rest or not moved) and self.at <= self._looked_at + self.rank * STAGGER:
             # What is due is locked by somebody: look again, but ever more slowly, or the timer would spin.
             self._blocked = min(max(2 * self._blocked, EVERY), self._poll)
-            self.at = self._looked_at + self._blocked
+            later = self._own.execute(SELECT_LATER_DUE, {"p_since": self._since}).one_or_none()
+            self.at = self._looked_at + min(self._blocked, later[0] if later is not None else math.inf)
         else:
             self._blocked = 0.0
         return {row.queue for row in moved}
+
+    def _schedule(self) -> tuple[list[Any], bool]:
+        """What is made available; and whether there is no more but what waits for a key that an open transaction is
+        about to take.
+        """
+        given = {"p_schema": self._own.schema}
+        try:
+            return list(self._own.execute(SCHEDULE_DUE, given).all()), False
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in KEY_IN_THE_WAY:
+                raise
+        moved = list(self._own.execute(SCHEDULE_KEYLESS, given).all())
+        if sum(row.jobs for row in moved) >= BATCH:
+            return moved, False
+        try:
+            moved += self._own.execute(SCHEDULE_ONE, given).all()
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in KEY_IN_THE_WAY:
+                raise
+        return moved, True
 
     def look(self, *, unbounded: bool) -> None:
         """Read the next due time, if there is a doubt about it and the last look is not of just now."""

@@ -37,7 +37,7 @@ from sqla_river.statements.counts import (
     SELECT_INDEX_SIZES,
     SELECT_QUEUE_NAMES,
 )
-from sqla_river.statements.due import SCHEDULE_DUE, SELECT_NEXT_DUE
+from sqla_river.statements.due import SCHEDULE_DUE, SCHEDULE_KEYLESS, SCHEDULE_ONE, SELECT_LATER_DUE, SELECT_NEXT_DUE
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
     DELETE_CLEARED,
@@ -152,6 +152,8 @@ __all__ = [
     "RETRY_JOBS",
     "SCHEDULE_DUE",
     "SCHEDULE_DUE_AT",
+    "SCHEDULE_KEYLESS",
+    "SCHEDULE_ONE",
     "SELECT_BOUNDS",
     "SELECT_CLOCK",
     "SELECT_COUNTS",
@@ -164,6 +166,7 @@ __all__ = [
     "SELECT_HOLDER",
     "SELECT_INDEX_SIZES",
     "SELECT_IS_TABLE",
+    "SELECT_LATER_DUE",
     "SELECT_LOST",
     "SELECT_NEXT_DUE",
     "SELECT_NEXT_JOB",

@@ -355,7 +355,7 @@ def test_one_runner_at_a_time_has_the_turn_of_running_suspects_alone(engine: Eng
         return begun
 
     with opened(engine) as own:
-        mine = Turns(own, [Isolate(lambda: True, begin)])
+        mine = Turns(own, [Isolate(lambda: True, begin, lambda: timedelta(seconds=130))])
         _take_turn(mine)
 
     assert len(asked) == 1
@@ -365,6 +365,6 @@ def test_one_runner_at_a_time_has_the_turn_of_running_suspects_alone(engine: Eng
 def test_without_suspects_nobody_takes_that_turn(engine: Engine) -> None:
     make_job(engine)
     with opened(engine) as own:
-        _take_turn(Turns(own, [Isolate(lambda: False, lambda own: pytest.fail("there is none"))]))
+        _take_turn(Turns(own, [Isolate(lambda: False, lambda own: pytest.fail("there is none"), timedelta)]))
 
     assert _due_in(engine, "isolate") <= 0

@@ -24,10 +24,12 @@ from sqla_river import (
     enqueue_many,
     notify,
     rows,
+    unique,
 )
 from sqla_river.context import JobContext
 from sqla_river.rows import ANNOUNCED_AHEAD
 from tests.making import Count, eventually, make_jobs, read_job, read_jobs
+from tests.working import put
 
 SLOW_POLL: Final = timedelta(minutes=5)
 """So that nothing is found by polling."""
@@ -165,3 +167,46 @@ def test_a_job_that_nobody_announced_starts_within_a_poll_of_its_time(engine: En
         eventually(lambda: began)
 
     assert 0.49 < began[0] - made < 0.5 + 0.3 * 1.1 + 1
+
+
+ALWAYS_BUT_RETRYABLE: Final = Unique(key="k", by_state=unique.ALWAYS)
+
+
+def test_a_key_that_an_open_transaction_is_about_to_take_holds_up_only_the_job_that_waits_for_it(
+    engine: Engine,
+) -> None:
+    with Session(engine) as session, session.begin():
+        enqueue(session, Count(0), unique=ALWAYS_BUT_RETRYABLE)
+        another = Unique(key="another", by_state=unique.ALWAYS)
+        enqueue(session, Count(1), unique=another)
+    waits, free = [row["id"] for row in read_jobs(engine)]
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE river_job SET state = 'retryable', scheduled_at = now()"))
+    others = make_jobs(engine, 10, state="scheduled", due_in=timedelta(0))
+    with Session(engine) as open_, noting(engine) as began:
+        enqueue(open_, Count(2), unique=ALWAYS_BUT_RETRYABLE)
+        open_.flush()
+        available = make_jobs(engine, 1)
+        eventually(partial(_has, began, 12), what="all but one to begin")
+        put(engine, 3, scheduled_at=timedelta(seconds=1))
+        eventually(partial(_has, began, 13), what="what comes due later")
+        started = {job_id for job_id, _ in began}
+        open_.rollback()
+        eventually(partial(_has, began, 14), what="the last one, when the key is free")
+
+    assert started >= {free, *others, *available}
+    assert began[-1][0] == waits
+
+
+def test_a_due_job_that_somebody_has_locked_delays_no_other(engine: Engine) -> None:
+    with noting(engine) as began:
+        (locked,) = put(engine, 1, scheduled_at=timedelta(seconds=0.5))
+        with engine.begin() as theirs:
+            theirs.execute(text("SELECT 1 FROM river_job WHERE id = :id FOR UPDATE"), {"id": locked})
+            (other,) = put(engine, 2, scheduled_at=timedelta(seconds=4))  # the timer looks but seldom by then
+            eventually(partial(_has, began, 1))
+        row = read_job(engine, other)
+        eventually(partial(_has, began, 2))
+
+    assert [job_id for job_id, _ in began] == [other, locked]
+    assert row["attempted_at"] - row["scheduled_at"] < timedelta(seconds=1)

@@ -1,11 +1,14 @@
 """The database goes and comes."""
 
+import logging
 import os
 import resource
 import threading
 import time
 from collections import Counter
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
@@ -22,7 +25,7 @@ from tests.making import (
     make_jobs,
     read_jobs,
 )
-from tests.working import SLOW_POLL, backends, handling, put, working
+from tests.working import SLOW_POLL, backends, handling, nothing, put, working
 
 
 def test_a_listener_that_lost_its_connection_listens_again(engine: Engine) -> None:
@@ -160,3 +163,31 @@ def test_a_runner_listens_in_a_process_with_many_open_files(engine: Engine) -> N
 
     assert len(before) == 1
     assert after == before
+
+
+def _read_only(caplog: pytest.LogCaptureFixture, failed: str) -> bool:
+    return any(failed in line and "read-only" in line for line in caplog.text.splitlines())
+
+
+def test_a_runner_that_a_failover_led_to_a_standby_for_a_moment_leaves_it(
+    url: str, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    writes = {"options": "-c default_transaction_read_only=off"}
+    admin = create_engine(url, isolation_level="AUTOCOMMIT", connect_args=writes)
+    often: dict[str, Any] = {
+        "poll": timedelta(milliseconds=50),
+        "listen": False,
+        "heartbeat": timedelta(milliseconds=100),
+    }
+    with caplog.at_level(logging.WARNING), working(engine, nothing, **often), admin.connect() as connection:
+        name = connection.execute(text("SELECT current_database()")).scalar_one()
+        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        try:
+            backends(admin, kill=True)
+            for loop in ("fetch", "heartbeat"):
+                eventually(partial(_read_only, caplog, f"sqla_river-{loop} failed"), what=f"{loop} to be there")
+        finally:
+            connection.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+        put(admin, 0)
+        eventually(all_are(admin, "completed", 1))
+    admin.dispose()

@@ -304,3 +304,14 @@ def test_progress_said_after_the_end_changes_nothing(engine: Engine) -> None:
         eventually(all_are(engine, "completed", 2))
 
     assert [progress_of(row) for row in read_jobs(engine)] == [None, None]
+
+
+def test_a_job_is_tried_no_more_often_than_it_may_be_where_judging_it_fails_too(engine: Engine) -> None:
+    def handler(job: JobContext[Any]) -> None:
+        job.log.info("at work")
+        raise RuntimeError("no")
+
+    too_long = "9" * 5_000  # more digits than Python reads, and the log has to be stored beside it
+    make_job(engine, max_attempts=1, metadata=f'{{"number": {too_long}}}')
+    with working(engine, handler, keep_logs=True):
+        eventually(lambda: count_states(engine) == {"discarded": 1})

@@ -1,7 +1,6 @@
 """Transactional handlers: what they write and the end of their job commit together, or not at all."""
 
 import asyncio
-import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -850,59 +849,6 @@ def test_a_maker_without_a_bind_serves(engine: Engine) -> None:
     row = outcome(engine, transactional(commits), sessions=sessionmaker())
 
     assert (row["state"], notes(engine)) == ("completed", ["written"])
-
-
-def test_jobs_wait_for_a_connection_of_a_small_pool_rather_than_fail(
-    url: str, engine: Engine, caplog: pytest.LogCaptureFixture
-) -> None:
-    small = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.05)
-    running: list[int] = []
-    most: list[int] = []
-
-    def writes(session: Session) -> None:
-        running.append(1)
-        most.append(len(running))
-        session.execute(text("SELECT pg_sleep(0.1)"))
-        running.pop()
-
-    put(engine, *range(6))
-    with caplog.at_level(logging.WARNING), working(small, transactional(writes), 4):
-        eventually(all_are(engine, "completed", 6))
-    small.dispose()
-
-    assert max(most) == 1
-    assert {row["attempt"] for row in read_jobs(engine)} == {1}
-    (warning,) = [record.getMessage() for record in caplog.records if "pool" in record.getMessage()]
-    assert "4 slots share a pool of 1 connections" in warning
-    assert "pool_size=4" in warning
-
-
-def test_async_jobs_wait_for_a_connection_of_a_small_pool_rather_than_fail(url: str, engine: Engine) -> None:
-    small = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.05)
-
-    async def handler(_: JobContext[Count], session: AsyncSession) -> None:
-        await session.execute(text("SELECT pg_sleep(0.1)"))
-
-    put(engine, *range(6))
-    with working(engine, handling(handler, transactional=True), 6, async_engine=small):
-        eventually(all_are(engine, "completed", 6))
-
-    assert {row["attempt"] for row in read_jobs(engine)} == {1}
-
-
-def test_a_job_that_waits_for_a_connection_when_the_runner_stops_is_given_back(url: str, engine: Engine) -> None:
-    small = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=0.05)
-    runs: list[int] = []
-
-    put(engine, 0)
-    held = small.connect()
-    with working(small, transactional(lambda _: runs.append(1)), 1):
-        eventually(all_are(engine, "running", 1))
-    held.close()
-    small.dispose()
-
-    (row,) = read_jobs(engine)
-    assert (row["state"], row["attempt"], errors(row), runs) == ("available", 0, [], [])
 
 
 # ---- async, in brief
