@@ -143,7 +143,11 @@ def _text_array(items: Sequence[str]) -> bytes:
 
 
 def _send(connection: Connection, statement: str, block: bytes) -> None:
-    """One COPY, on the driver's connection; an error is raised, and the connection judged, as Core would do it."""
+    """One COPY, on the driver's connection; the transaction is begun, an error raised, and the connection judged, as
+    Core would do it.
+    """
+    if connection.get_transaction() is None:  # or commit() would do nothing, and closing the connection roll back
+        connection.begin()
     fairy = connection.connection
     dialect = connection.dialect
     assert dialect.loaded_dbapi is not None
