@@ -1,10 +1,11 @@
-"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3, else one INSERT
-of a JSON document.
+"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3 and it speaks UTF-8,
+else one INSERT of a JSON document.
 
 COPY goes binary, in blocks that are packed before it opens: what is the same for many rows is packed once.
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _VARCHAR: Final = 1043
 """The type of the items of ``tags``."""
+_FOREIGN: Final = re.compile("[^\x00-\x7f]+")
 _args_head: Final = struct.Struct("!hiB").pack  # fields of the row; length of args; jsonb's version
 _id_field: Final = struct.Struct("!iq").pack
 
@@ -32,7 +34,8 @@ _id_field: Final = struct.Struct("!iq").pack
 def insert_rows(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], *, returning: bool
 ) -> tuple[list[int], Heard]:
-    """Insert a block of plain rows in one round trip, two where ids are asked for.
+    """Insert a block of plain rows: two exchanges for a COPY, which is opened and then filled, one for an INSERT; one
+    more where ids are asked for.
 
     Returns:
         The ids in input order (empty unless *returning*), and what runners should hear of them.
@@ -48,7 +51,7 @@ def insert_rows(
     now = partial(store.transaction_now, connection)
     places = [AT_ONCE if row.when is None and not row.pending else place(row.when, row.pending, now) for row in rows]
     heard = Heard.of({(row.queue, placed) for row, placed in zip(rows, places, strict=True)})
-    if connection.dialect.driver == "psycopg":
+    if _copies_utf8(connection):
         _copy(connection, schema, rows, places, ids)
     else:
         _insert(connection, schema, rows, places, ids)
@@ -59,6 +62,9 @@ def insert_unique(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow]
 ) -> tuple[list[int | None], Heard]:
     """Insert a block of unique rows in one round trip; those whose key is held are left out.
+
+    In the order of the keys, and it waits while another open transaction holds one of them: callers with several blocks
+    in a transaction can deadlock unless they all put them in one order.
 
     Returns:
         The ids in input order, None where left out, and what runners should hear of them.
@@ -83,6 +89,13 @@ def unique_key(connection: Connection, row: InsertRow) -> bytes:
     now = partial(store.transaction_now, connection)
     assert row.unique_at is not None
     return row.unique_at(place(row.when, row.pending, now).at or now())
+
+
+def _copies_utf8(connection: Connection) -> bool:
+    """Whether COPY is to be had, and reads UTF-8: the server takes text and jsonb in the encoding of the client."""
+    return connection.dialect.driver == "psycopg" and (
+        cast("Any", connection.connection.driver_connection).info.encoding == "utf-8"
+    )
 
 
 def _copy(
@@ -184,7 +197,7 @@ def _insert(
 
 
 def _document(row: InsertRow, placed: Place, now: Callable[[], datetime], **more: object) -> str:
-    """The JSON object of one row, its args as they were encoded."""
+    """The JSON object of one row, its args as they were encoded; in ASCII, for whatever encoding the client has."""
     rest = {
         "kind": row.kind,
         "queue": row.queue,
@@ -196,4 +209,7 @@ def _document(row: InsertRow, placed: Place, now: Callable[[], datetime], **more
         "scheduled_at": placed.at.isoformat() if placed.at is not None else None,
         **more,
     }
-    return f'{{"args":{row.args.decode()},{json.dumps(rest)[1:]}'
+    args = row.args.decode()
+    if not args.isascii():
+        args = _FOREIGN.sub(lambda found: json.dumps(found[0])[1:-1], args)
+    return f'{{"args":{args},{json.dumps(rest)[1:]}'
