@@ -1,5 +1,5 @@
-"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3 and it speaks UTF-8,
-else one INSERT of a JSON document.
+"""The door for many jobs at once: COPY on the caller's own connection where that is psycopg 3 and speaks UTF-8, else
+one INSERT of a JSON document.
 
 COPY goes binary, in blocks that are packed before it opens: what is the same for many rows is packed once.
 """
@@ -113,7 +113,8 @@ def _copy(
     end: bytes | None = None
     for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
         kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires, _, _ = row
-        key = (kind, queue, priority, max_attempts, tags, placed) if not metadata and expires is None else None
+        plain = not metadata and expires is None
+        key = (kind, queue, priority, max_attempts, tuple(tags), placed) if plain else None
         if end is None or key is None or key != last:  # equal by identity mostly, and so cheaper than a look-up
             last = key
             end = ends.get(key) if key is not None else None

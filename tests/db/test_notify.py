@@ -6,31 +6,27 @@ import os
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-import psycopg
 import pytest
 import transaction
 import zope.sqlalchemy
-from psycopg import sql
 from sqlalchemy import Engine, MetaData, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import Session
 
 from sqla_river import InsertOptions, Job, JobMixin, River, create_all, notify
 from sqla_river import asyncio as awaited
 from sqla_river.config import NotifyMode
 from sqla_river.models import RiverBase
 from tests.database import emptied, shared_database
+from tests.hearing import DEFAULT, SMS, Ear, river_with, until
 from tests.jobs import Ping, SendSMS
 from tests.making import count_states
 
-DEFAULT = '{"queue": "default"}'
-SMS = '{"queue": "notifications"}'
 Put = Callable[[Any, Any], object]
 
 
@@ -51,41 +47,6 @@ def _announcers_that_end_soon(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     until(lambda: not notify._announcers)
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what has no signal of its own."""
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
-
-
-class Ear:
-    """A listener of its own connection. A mark sent after all else tells when everything said before has been heard."""
-
-    def __init__(self, url: str, channel: str = "public.river_insert") -> None:
-        self.channel = channel
-        self._waiting: deque[str] = deque()
-        self.connection = psycopg.connect(
-            make_url(url).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
-        )
-        self.connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-
-    def heard(self) -> list[str]:
-        """All that has been said so far."""
-        self.connection.execute("SELECT pg_notify(%s, 'mark')", (self.channel,))
-        said: list[str] = []
-        while (one := self.next()) != "mark":
-            said.append(one)
-        return said
-
-    def next(self, timeout: float = 10) -> str:
-        """The next that is said."""
-        if not self._waiting:
-            self._waiting.extend(one.payload for one in self.connection.notifies(timeout=timeout, stop_after=1))
-        assert self._waiting, "nothing was heard"
-        return self._waiting.popleft()
-
-
 @pytest.fixture
 def ear(url: str, engine: Engine) -> Iterator[Ear]:
     ear = Ear(url)
@@ -93,22 +54,14 @@ def ear(url: str, engine: Engine) -> Iterator[Ear]:
     ear.connection.close()
 
 
-def river_with(mode: NotifyMode) -> River[Any]:
-    class Base(DeclarativeBase): ...
-
-    class Mine(JobMixin, Base): ...
-
-    return River(job_class=Mine, notify=mode)
-
-
 @pytest.fixture(scope="module")
 def inside() -> River[Any]:
-    return river_with("transaction")
+    return river_with(notify="transaction")
 
 
 @pytest.fixture(scope="module")
 def after() -> River[Any]:
-    return river_with("after_commit")
+    return river_with(notify="after_commit")
 
 
 def put_by(river: River[Any], how: str) -> Put:
@@ -271,7 +224,7 @@ def test_two_phase_transactions_commit(engine: Engine, ear: Ear, mode: NotifyMod
     with engine.connect() as connection:
         if connection.execute(text("SHOW max_prepared_transactions")).scalar_one() == "0":
             pytest.skip("the server has max_prepared_transactions = 0")
-    river = river_with(mode)
+    river = river_with(notify=mode)
     with Session(engine, twophase=True) as session:
         river.enqueue(session, Ping(1))
         river.enqueue_many(session, [Ping(2)])
@@ -283,7 +236,7 @@ def test_two_phase_transactions_commit(engine: Engine, ear: Ear, mode: NotifyMod
 
 
 def test_the_mode_off_says_nothing(engine: Engine, ear: Ear) -> None:
-    river = river_with("off")
+    river = river_with(notify="off")
     with Session(engine) as session:
         for how in ("enqueue", "core", "many"):
             put_by(river, how)(session, Ping(1))
