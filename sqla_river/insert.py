@@ -59,6 +59,8 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     now = partial(store.transaction_now, connection)
     placed = place(row.when, row.pending, now)
     heard = Heard.of([(row.queue, placed)])
+    mode = job.__river__.notify
+    said = notify.untold(connection, schema, heard, mode)
     values: dict[str, Any] = {
         "p_kind": row.kind,
         "p_args": job.args,
@@ -70,13 +72,13 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
         "p_state": placed.state,
         "p_scheduled_at": placed.at,
         "p_schema": schema,
-        "p_said": notify.says(connection, schema, heard, job.__river__.notify),
+        "p_said": said,
     }
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
     for key, value in zip(river_job.c.keys(), stored, strict=False):
         set_committed_value(job, key, value)
     make_transient_to_detached(job)
-    notify.tell(connection, schema, heard, job.__river__.notify)
+    notify.tell(connection, schema, heard, mode, said=said)
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
+import orjson
 import pytest
 import transaction
 import zope.sqlalchemy
@@ -22,7 +23,7 @@ from sqla_river import InsertOptions, Job, JobMixin, River, create_all, notify
 from sqla_river import asyncio as awaited
 from sqla_river.config import NotifyMode
 from sqla_river.models import RiverBase
-from tests.database import emptied, shared_database
+from tests.database import emptied, shared_database, statements_of
 from tests.hearing import DEFAULT, SMS, Ear, river_with, until
 from tests.jobs import Ping, SendSMS
 from tests.making import count_states
@@ -70,6 +71,11 @@ def put_by(river: River[Any], how: str) -> Put:
     if how == "core":
         return lambda session, args: river.enqueue(session.connection(), args)
     return lambda session, args: river.enqueue_many(session, [args, args])
+
+
+def visible(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(text("SELECT count(*) FROM river_job")).scalar_one())
 
 
 ways = pytest.mark.parametrize("how", ["enqueue", "core", "many"])
@@ -245,12 +251,94 @@ def test_the_mode_off_says_nothing(engine: Engine, ear: Ear) -> None:
     assert ear.heard() == []
 
 
-# ---- after the commit ------------------------------------------------------------------------------------------------
+def test_a_job_whose_statement_was_never_sent_has_announced_nothing(url: str, ear: Ear, inside: River[Any]) -> None:
+    other = create_engine(url, json_serializer=orjson.dumps)  # which refuses 2**70
+    with other.begin() as connection:
+        with pytest.raises(TypeError):
+            inside.enqueue(connection, Ping(2**70))
+        inside.enqueue(connection, Ping(1))
+    other.dispose()
+
+    assert ear.heard() == [DEFAULT]
 
 
-def visible(engine: Engine) -> int:
+def test_what_a_connection_puts_in_first_is_announced_by_its_commit(
+    engine: Engine, ear: Ear, inside: River[Any]
+) -> None:
     with engine.connect() as connection:
-        return int(connection.execute(text("SELECT count(*) FROM river_job")).scalar_one())
+        inside.enqueue_many(connection, [Ping(1)])
+        assert ear.heard() == []
+        connection.commit()
+
+    assert ear.heard() == [DEFAULT]
+
+
+# ---- under AUTOCOMMIT ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["engine", "connection", "session"])
+def autocommitting(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Session]:
+    """A Session each of whose statements is committed by itself, by each of the ways to have one."""
+    if request.param == "engine":
+        with Session(engine.execution_options(isolation_level="AUTOCOMMIT")) as session:
+            yield session
+    elif request.param == "connection":
+        with (
+            engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+            Session(connection) as session,
+        ):
+            yield session
+    else:
+        with Session(engine) as session:
+            session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            yield session
+
+
+@ways
+@pytest.mark.parametrize("mode", ["transaction", "after_commit"])
+def test_under_autocommit_each_statement_is_announced(
+    autocommitting: Session, engine: Engine, ear: Ear, how: str, mode: NotifyMode
+) -> None:
+    put = put_by(river_with(notify=mode), how)
+    for n in range(3):
+        put(autocommitting, Ping(n))
+        put(autocommitting, SendSMS("a"))
+        autocommitting.flush()
+
+        assert sorted([ear.next(), ear.next()]) == [DEFAULT, SMS]
+        assert visible(engine) == (n + 1) * (4 if how == "many" else 2)
+    assert ear.heard() == []
+
+
+def test_under_autocommit_a_flush_is_announced_once_when_all_its_jobs_are_there(
+    autocommitting: Session, engine: Engine, ear: Ear, inside: River[Any]
+) -> None:
+    for n in range(2):
+        with statements_of(engine) as seen:
+            autocommitting.add_all([inside.job_class(each) for each in (Ping(1), SendSMS("a"), Ping(2), Ping(3))])
+            autocommitting.flush()
+
+        assert [statement.split()[0] for statement in seen] == ["INSERT", "SELECT", "SELECT"]
+        assert sorted(ear.heard()) == [DEFAULT, SMS], n
+
+
+def test_under_autocommit_a_flush_that_failed_leaves_nothing_to_wait_for(
+    autocommitting: Session, ear: Ear, inside: River[Any]
+) -> None:
+    job, broken = inside.job_class(Ping(1)), inside.job_class(Ping(2))
+    broken.kind = "x" * 1_000  # the table refuses that
+    autocommitting.add_all([job, broken])
+    with pytest.raises(IntegrityError):
+        autocommitting.flush()
+    autocommitting.rollback()
+    assert ear.heard() == []
+    autocommitting.add(job)
+    autocommitting.commit()
+
+    assert ear.heard() == [DEFAULT]
+
+
+# ---- after the commit ------------------------------------------------------------------------------------------------
 
 
 @ways
