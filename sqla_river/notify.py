@@ -240,12 +240,11 @@ class Announcer:
             connection = _connection_like(self._engine)
             self._announce(connection)
         except Exception as error:  # noqa: BLE001 - the next commit makes another
-            _missed([queue for _, announcements in self._waiting for _, queue in announcements], error)
-        finally:
             with _lock:
                 self._go()
-            if connection is not None:
-                connection.close()
+            _missed([queue for _, announcements in self._waiting for _, queue in announcements], error)
+        if connection is not None:
+            connection.close()
 
     def _announce(self, connection: "_Awaited | store.OwnConnection") -> None:
         committing: list[tuple[Transaction | None, set[Announcement]]] = []
