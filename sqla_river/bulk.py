@@ -63,8 +63,8 @@ def insert_unique(
 ) -> tuple[list[int | None], Heard]:
     """Insert a block of unique rows in one round trip; those whose key is held are left out.
 
-    In the order of the keys, and it waits while another open transaction holds one of them: callers with several blocks
-    in a transaction can deadlock unless they all put them in one order.
+    It waits while another open transaction holds one of the keys, which it takes in their order: transactions of one
+    block cannot deadlock, those of several blocks can.
 
     Returns:
         The ids in input order, None where left out, and what runners should hear of them.

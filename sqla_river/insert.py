@@ -82,8 +82,8 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:
-    """At once: the job is new, or it is the one that holds the key. Both statements are tried twice, for the holder
-    may finish in between.
+    """At once: the job is new, or it is the one that holds the key; ``inserted`` says which, of this call. Both
+    statements are tried twice, for the holder may finish in between.
     """
     connection = connect(session, job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
