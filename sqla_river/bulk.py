@@ -1,10 +1,11 @@
-"""The door for many jobs at once: COPY on the caller's own connection where the driver is psycopg 3, else one INSERT
-of a JSON document.
+"""The door for many jobs at once: COPY on the caller's own connection where that is psycopg 3 and speaks UTF-8, else
+one INSERT of a JSON document.
 
 COPY goes binary, in blocks that are packed before it opens: what is the same for many rows is packed once.
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,7 @@ _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 _VARCHAR: Final = 1043
 """The type of the items of ``tags``."""
+_FOREIGN: Final = re.compile("[^\x00-\x7f]+")
 _args_head: Final = struct.Struct("!hiB").pack  # fields of the row; length of args; jsonb's version
 _id_field: Final = struct.Struct("!iq").pack
 
@@ -32,7 +34,8 @@ _id_field: Final = struct.Struct("!iq").pack
 def insert_rows(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], *, returning: bool
 ) -> tuple[list[int], Heard]:
-    """Insert a block of plain rows in one round trip, two where ids are asked for.
+    """Insert a block of plain rows: two exchanges for a COPY, which is opened and then filled, one for an INSERT; one
+    more where ids are asked for.
 
     Returns:
         The ids in input order (empty unless *returning*), and what runners should hear of them.
@@ -48,7 +51,7 @@ def insert_rows(
     now = partial(store.transaction_now, connection)
     places = [AT_ONCE if row.when is None and not row.pending else place(row.when, row.pending, now) for row in rows]
     heard = Heard.of({(row.queue, placed) for row, placed in zip(rows, places, strict=True)})
-    if connection.dialect.driver == "psycopg":
+    if _copies_utf8(connection):
         _copy(connection, schema, rows, places, ids)
     else:
         _insert(connection, schema, rows, places, ids)
@@ -59,6 +62,9 @@ def insert_unique(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow]
 ) -> tuple[list[int | None], Heard]:
     """Insert a block of unique rows in one round trip; those whose key is held are left out.
+
+    It waits while another open transaction holds one of the keys, which it takes in their order: transactions of one
+    block cannot deadlock, those of several blocks can.
 
     Returns:
         The ids in input order, None where left out, and what runners should hear of them.
@@ -85,6 +91,13 @@ def unique_key(connection: Connection, row: InsertRow) -> bytes:
     return row.unique_at(place(row.when, row.pending, now).at or now())
 
 
+def _copies_utf8(connection: Connection) -> bool:
+    """Whether COPY is to be had, and reads UTF-8: the server takes text and jsonb in the encoding of the client."""
+    return connection.dialect.driver == "psycopg" and (
+        cast("Any", connection.connection.driver_connection).info.encoding == "utf-8"
+    )
+
+
 def _copy(
     connection: Connection, schema: str | None, rows: Sequence[InsertRow], places: Sequence[Place], ids: Sequence[int]
 ) -> None:
@@ -100,7 +113,8 @@ def _copy(
     end: bytes | None = None
     for number, (row, placed) in enumerate(zip(rows, places, strict=True)):
         kind, args, queue, priority, max_attempts, tags, metadata, _, _, expires, _, _ = row
-        key = (kind, queue, priority, max_attempts, tags, placed) if not metadata and expires is None else None
+        plain = not metadata and expires is None
+        key = (kind, queue, priority, max_attempts, tuple(tags), placed) if plain else None
         if end is None or key is None or key != last:  # equal by identity mostly, and so cheaper than a look-up
             last = key
             end = ends.get(key) if key is not None else None
@@ -143,7 +157,11 @@ def _text_array(items: Sequence[str]) -> bytes:
 
 
 def _send(connection: Connection, statement: str, block: bytes) -> None:
-    """One COPY, on the driver's connection; an error is raised, and the connection judged, as Core would do it."""
+    """One COPY, on the driver's connection; the transaction is begun, an error raised, and the connection judged, as
+    Core would do it.
+    """
+    if connection.get_transaction() is None:  # or commit() would do nothing, and closing the connection roll back
+        connection.begin()
     fairy = connection.connection
     dialect = connection.dialect
     assert dialect.loaded_dbapi is not None
@@ -180,7 +198,7 @@ def _insert(
 
 
 def _document(row: InsertRow, placed: Place, now: Callable[[], datetime], **more: object) -> str:
-    """The JSON object of one row, its args as they were encoded."""
+    """The JSON object of one row, its args as they were encoded; in ASCII, for whatever encoding the client has."""
     rest = {
         "kind": row.kind,
         "queue": row.queue,
@@ -192,4 +210,7 @@ def _document(row: InsertRow, placed: Place, now: Callable[[], datetime], **more
         "scheduled_at": placed.at.isoformat() if placed.at is not None else None,
         **more,
     }
-    return f'{{"args":{row.args.decode()},{json.dumps(rest)[1:]}'
+    args = row.args.decode()
+    if not args.isascii():
+        args = _FOREIGN.sub(lambda found: json.dumps(found[0])[1:-1], args)
+    return f'{{"args":{args},{json.dumps(rest)[1:]}'

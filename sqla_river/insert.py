@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -58,6 +59,8 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
     now = partial(store.transaction_now, connection)
     placed = place(row.when, row.pending, now)
     heard = Heard.of([(row.queue, placed)])
+    mode = job.__river__.notify
+    said = notify.untold(connection, schema, heard, mode)
     values: dict[str, Any] = {
         "p_kind": row.kind,
         "p_args": job.args,
@@ -69,18 +72,18 @@ def _insert_now(connection: Connection, job: JobMixin, row: InsertRow) -> None:
         "p_state": placed.state,
         "p_scheduled_at": placed.at,
         "p_schema": schema,
-        "p_said": notify.says(connection, schema, heard, job.__river__.notify),
+        "p_said": said,
     }
     stored = store.execute(connection, schema, INSERT_JOB, values).one()
     for key, value in zip(river_job.c.keys(), stored, strict=False):
         set_committed_value(job, key, value)
     make_transient_to_detached(job)
-    notify.tell(connection, schema, heard, job.__river__.notify)
+    notify.tell(connection, schema, heard, mode, said=said)
 
 
 def _insert_unique(session: Session | Connection, row: InsertRow, job_class: type[J]) -> J:
-    """At once: the job is new, or it is the one that holds the key. Both statements are tried twice, for the holder
-    may finish in between.
+    """At once: the job is new, or it is the one that holds the key; ``inserted`` says which, of this call. Both
+    statements are tried twice, for the holder may finish in between.
     """
     connection = connect(session, job_class)
     schema = store.real_schema(connection, declared_schema(job_class))
@@ -107,7 +110,9 @@ def enqueue_many(session: Any, items: Items, job_class: type[JobMixin], *, retur
     count = skipped = 0
     ids: list[int | None] = []
     blocks = _blocks(items, settings)
-    for encoded in _ahead(blocks) if type(items) in (list, tuple) else blocks:
+    if type(items) in (list, tuple):
+        blocks = _ahead(blocks, len(cast("list[object]", items)))
+    for encoded in blocks:
         block = settings.through(encoded)
         connection = connect(session, job_class)
         schema = store.real_schema(connection, declared_schema(job_class))
@@ -143,15 +148,26 @@ def _insert_block(
     return ids, new
 
 
-def _ahead(blocks: Iterator[list[InsertRow]]) -> Iterator[list[InsertRow]]:
-    """*blocks*, each encoded while the server works at the one before. Only where nothing but args is looked at on the
-    way: a generator may use the same session.
+def _ahead(blocks: Iterator[list[InsertRow]], count: int) -> Iterator[list[InsertRow]]:
+    """*blocks*, of *count* items, each encoded while the server works at the one before. Only where nothing but args is
+    looked at on the way: a generator may use the same session.
+
+    Without a thread where one block is all, and where none can be made: there are too many, or the program is ending.
     """
+    block = next(blocks, None)
+    if block is None or len(block) == count:
+        yield from filter(None, [block])
+        return
     with ThreadPoolExecutor(1, "sqla_river-encode") as encoder:
-        coming = encoder.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = encoder.submit(next, blocks, None)
+        while block is not None:
+            coming = None
+            with suppress(RuntimeError):
+                coming = encoder.submit(next, blocks, None)
             yield block
+            if coming is None:  # and never again: what it took before it failed, a thread made later would do
+                break
+            block = coming.result()
+    yield from blocks
 
 
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
@@ -175,8 +191,8 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
 
 
 def _pair(item: JobArgs | tuple[Any, ...]) -> tuple[JobArgs, InsertOptions]:
-    if not isinstance(item, tuple):
-        return item, NOTHING_SAID
+    if not isinstance(item, tuple) or hasattr(type(item), "kind"):  # a NamedTuple may be an args class
+        return cast("JobArgs", item), NOTHING_SAID
     args, said = item if len(item) == 2 else (item, NOTHING_SAID)  # noqa: PLR2004
     if not isinstance(said, InsertOptions):
         raise InvalidOptionError("options", f"options must be InsertOptions(...), got {shown(said)}")

@@ -1,36 +1,34 @@
 """Wake-up, the sending side: a queue's name on River's channel, never data.
 
 Three modes. ``transaction``: one NOTIFY per transaction (or savepoint) and queue, inside it. ``after_commit``: the
-Engine's commit event marks the queue, and one side connection per process announces it once the transaction is over;
-commits that NOTIFY take turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms disk flush, 16
-clients made 390 commits/s with NOTIFY inside and 4,550 with it outside. ``off``: runners poll.
+Engine's commit event marks the queue, and a side connection, one for each pool of connections, announces it once the
+transaction is over; commits that NOTIFY take turns server-wide (PreCommit_Notify in PostgreSQL's async.c): with a 2 ms
+disk flush, 16 clients made 390 commits/s with NOTIFY inside and 4,550 with it outside. ``off``: runners poll.
+
+Under AUTOCOMMIT, where each statement is a transaction, each is announced.
 """
 
+import asyncio
+import atexit
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import (
-    Connection,
-    Engine,
-    NestedTransaction,
-    NullPool,
-    Transaction,
-    TwoPhaseTransaction,
-    create_engine,
-    event,
-)
+from sqlalchemy import Connection, Engine, Executable, Transaction, TwoPhaseTransaction, event
 
 from sqla_river import store
 from sqla_river.config import NotifyMode
 from sqla_river.logs import Log
 from sqla_river.rows import ANNOUNCED_AHEAD, Heard
 from sqla_river.statements import NOTIFY_QUEUES
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 log: Final = Log(__name__)
 
@@ -40,11 +38,15 @@ _FIRST_LOOK: Final = 0.0002
 """The commit event fires just before COMMIT, and a plain COMMIT ends in well under a millisecond."""
 _IDLE: Final = 60.0
 """Seconds after which an announcer with nothing to say closes its connection and goes."""
+_LAST_WORDS: Final = 1.0
+"""Seconds for which a program that ends waits for its announcers."""
 
 Announcement = tuple[str | None, str]
 """Schema and queue."""
 
 _told: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
+_coming: WeakKeyDictionary[Transaction, Counter[Announcement]] = WeakKeyDictionary()
+"""Under AUTOCOMMIT: the jobs of a flush of which `tell` has not heard yet."""
 _marked: WeakKeyDictionary[Transaction, set[Announcement]] = WeakKeyDictionary()
 _due: WeakKeyDictionary[Transaction, dict[tuple[str | None, str, NotifyMode], datetime]] = WeakKeyDictionary()
 _heard: WeakSet[Engine] = WeakSet()
@@ -56,58 +58,105 @@ if hasattr(os, "register_at_fork"):  # else a child forked while another thread 
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def announce(connection: Connection, schema: str | None, queues: Iterable[str], mode: NotifyMode) -> None:
-    """See that runners hear of *queues* when the transaction of *connection* commits, and only then.
-
-    One round trip in mode ``transaction``, for queues that this transaction (or savepoint) has not named yet; none
-    otherwise. Two-phase transactions are left to the poll: PostgreSQL refuses to PREPARE what has executed NOTIFY.
-    """
-    root = connection.get_transaction()
-    if mode == "off" or root is None:
-        return
-    if mode == "after_commit":
-        _mark(connection, root, {(schema, queue) for queue in queues})
-    elif not isinstance(root, TwoPhaseTransaction):
-        told = _told_in(connection, root)
-        fresh = sorted({queue for queue in queues if (schema, queue) not in told})
-        if fresh:
-            store.execute(connection, schema, NOTIFY_QUEUES, {"p_schema": schema, "p_queues": fresh})
-            told.update((schema, queue) for queue in fresh)
-
-
-def _told_in(connection: Connection, root: Transaction) -> set[Announcement]:
-    inner: NestedTransaction | Transaction = connection.get_nested_transaction() or root
-    return _told.setdefault(inner, set())
-
-
-def says(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> bool:
-    """Whether the statement that puts in a job of one queue is to announce it by itself, as `tell` would by another:
-    which then has nothing left to say.
-    """
+def untold(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> bool:
+    """Whether the statement that puts in a job of one queue is to announce it by itself. If it has, tell `tell`."""
     if mode != "transaction" or not heard.now:
         return False
     root = connection.get_transaction() or connection.begin()
     if isinstance(root, TwoPhaseTransaction):
         return False
-    told, before = _told_in(connection, root), {(schema, queue) for queue in heard.now}
-    fresh = not before <= told
-    told |= before
+    return store.is_autocommit(connection) or not _named(schema, heard.now) <= _told_in(connection)
+
+
+def says(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> bool:
+    """`untold`, for a job of a flush: which asks for each job before it puts any in, and calls `tell` for each after.
+
+    It is answered as if the one told to announce had done so, for a flush that fails ends the transaction. Under
+    AUTOCOMMIT nobody is told to: the jobs may be committed one by one, so the last `tell` announces them.
+    """
+    fresh = untold(connection, schema, heard, mode)
+    if fresh and store.is_autocommit(connection):
+        _coming.setdefault(_innermost(connection), Counter()).update(_named(schema, heard.now))
+        return False
+    if fresh:
+        _told_in(connection).update(_named(schema, heard.now))
     return fresh
 
 
-def tell(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode) -> None:
-    """`announce` what is to be heard of with this commit; and see to it that a commit which comes only when a job is
-    due, or nearly so, is announced too. No further round trip, but for such a commit.
+def tell(connection: Connection, schema: str | None, heard: Heard, mode: NotifyMode, *, said: bool = False) -> None:
+    """See that runners hear of new jobs when the transaction of *connection* commits: of what is to be heard now, and
+    of what is due, or nearly so, by the time of the commit.
+
+    In mode ``transaction`` one round trip for queues that this transaction (or savepoint) has not named yet, and one
+    before a commit that comes late; else none. Two-phase transactions are left to the poll: PostgreSQL refuses to
+    PREPARE what has executed NOTIFY.
+
+    Args:
+        connection: that of the statement that put the jobs in.
+        schema: the real one.
+        heard: what there is to hear.
+        mode: how it is announced.
+        said: whether that statement has announced ``heard.now``.
     """
-    announce(connection, schema, heard.now, mode)
     root = connection.get_transaction()
-    if not heard.due or mode == "off" or root is None or isinstance(root, TwoPhaseTransaction):
+    if mode == "off" or root is None:
         return
-    with _lock:
-        due = _due.setdefault(root, {})
-        for queue, at in heard.due.items():
-            due[schema, queue, mode] = min(at, due.get((schema, queue, mode), at))
-        _hear(connection.engine)
+    at_once = store.is_autocommit(connection)
+    if not said:
+        _announce(connection, root, schema, heard.now, mode, at_once=at_once)
+    elif not at_once:
+        _told_in(connection).update(_named(schema, heard.now))
+    if heard.due and not at_once and not isinstance(root, TwoPhaseTransaction):
+        with _lock:
+            due = _due.setdefault(root, {})
+            for queue, at in heard.due.items():
+                due[schema, queue, mode] = min(at, due.get((schema, queue, mode), at))
+            _hear(connection.engine)
+
+
+def _announce(
+    connection: Connection, root: Transaction, schema: str | None, queues: set[str], mode: NotifyMode, *, at_once: bool
+) -> None:
+    """*at_once*: what the statements of *root* did is committed already."""
+    named = _named(schema, queues)
+    if not named:
+        return
+    if mode == "after_commit":
+        if at_once:
+            _hand_over(connection.engine, None, named)
+        else:
+            _mark(connection, root, named)
+    elif not isinstance(root, TwoPhaseTransaction):
+        fresh = _all_in(connection, named) if at_once else named - _told_in(connection)
+        if fresh:
+            names = sorted(queue for _, queue in fresh)
+            store.execute(connection, schema, NOTIFY_QUEUES, {"p_schema": schema, "p_queues": names})
+            if not at_once:
+                _told_in(connection).update(fresh)
+
+
+def _named(schema: str | None, queues: Iterable[str]) -> set[Announcement]:
+    return {(schema, queue) for queue in queues}
+
+
+def _innermost(connection: Connection) -> Transaction:
+    transaction = connection.get_nested_transaction() or connection.get_transaction()
+    assert transaction is not None
+    return transaction
+
+
+def _told_in(connection: Connection) -> set[Announcement]:
+    return _told.setdefault(_innermost(connection), set())
+
+
+def _all_in(connection: Connection, announcements: set[Announcement]) -> set[Announcement]:
+    """Those of *announcements* of which the flush, if there is one, has no more to tell."""
+    coming = _coming.get(_innermost(connection), Counter[Announcement]())
+    coming.subtract(announcements)
+    over = {each for each in announcements if coming[each] <= 0}
+    for each in over:
+        del coming[each]
+    return over
 
 
 def _late(connection: Connection, root: Transaction) -> None:
@@ -115,7 +164,7 @@ def _late(connection: Connection, root: Transaction) -> None:
     soon = time.monotonic() + ANNOUNCED_AHEAD.total_seconds()
     for (schema, queue, mode), at in _due.pop(root, {}).items():
         if store.local_time(root, at) <= soon:
-            announce(connection, schema, (queue,), mode)
+            _announce(connection, root, schema, {queue}, mode, at_once=False)
 
 
 def _mark(connection: Connection, root: Transaction, announcements: set[Announcement]) -> None:
@@ -140,64 +189,158 @@ def _committing(connection: Connection, *_twophase: object) -> None:
         _late(connection, root)
     announcements = _marked.pop(root, None)
     if announcements:
-        engine = connection.engine
-        key = (os.getpid(), engine.pool)
+        _hand_over(connection.engine, root, announcements)
+
+
+def _hand_over(engine: Engine, root: Transaction | None, announcements: set[Announcement]) -> None:
+    """Have the announcer of *engine* say *announcements* once *root* is over: at once if that is None. It never fails:
+    the caller is about to commit.
+    """
+    key = (os.getpid(), engine.pool)
+    try:
         with _lock:
             announcer = _announcers.get(key)
             if announcer is None:
-                announcer = _announcers[key] = Announcer(engine, lambda: _announcers.pop(key, None))
+                announcer = Announcer(engine, key)
+                announcer.start()
+                _announcers[key] = announcer
             announcer.add(root, announcements)
+    except RuntimeError as error:  # no thread can be made: there are too many, or the program is ending
+        _missed([queue for _, queue in announcements], error)
 
 
 class Announcer:
-    """One thread and one connection that announce, for all transactions of an engine's pool, what they have committed.
+    """One thread and one connection that announce, for all transactions of an engine's pool, when they are over.
 
-    A crash between commit and announcement costs one poll.
+    It knows of no rollback once a COMMIT is under way, nor of one to a savepoint: where the one fails, and after the
+    other, runners are woken for nothing. A crash between commit and announcement costs one poll.
     """
 
-    def __init__(self, engine: Engine, forget: Any) -> None:
-        self._engine = _sync_engine(engine)
-        self._forget = forget
-        self._waiting: deque[tuple[Transaction, set[Announcement]]] = deque()
+    def __init__(self, engine: Engine, key: object) -> None:
+        self._engine = engine
+        self._key = key
+        self._waiting: deque[tuple[Transaction | None, set[Announcement]]] = deque()
         self._woken = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.quiet = threading.Event()
+        """Set while there is nothing left to say."""
 
-    def add(self, root: Transaction, announcements: set[Announcement]) -> None:
+    def start(self) -> None:
+        """Begin, under the module's lock; raises RuntimeError where no thread can be made."""
+        threading.Thread(target=self._run, name="sqla_river-announce", daemon=True).start()
+
+    def add(self, root: Transaction | None, announcements: set[Announcement]) -> None:
         """Announce once *root*, which is about to commit, is over. Called under the module's lock."""
         self._waiting.append((root, announcements))
+        self.quiet.clear()
         self._woken.set()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="sqla_river-announce", daemon=True)
-            self._thread.start()
 
     def _run(self) -> None:
-        connection = store.OwnConnection(self._engine, None, "sqla_river:announce", {"synchronous_commit": "off"})
-        committing: list[tuple[Transaction, set[Announcement]]] = []
+        connection: _Awaited | store.OwnConnection | None = None
+        try:
+            connection = _connection_like(self._engine)
+            self._announce(connection)
+        except Exception as error:  # noqa: BLE001 - the next commit makes another
+            with _lock:
+                self._go()
+            _missed([queue for _, announcements in self._waiting for _, queue in announcements], error)
+        if connection is not None:
+            connection.close()
+
+    def _announce(self, connection: "_Awaited | store.OwnConnection") -> None:
+        committing: list[tuple[Transaction | None, set[Announcement]]] = []
         pause = _FIRST_LOOK
         while committing or self._woken.wait(_IDLE) or not self._retire():
             self._woken.clear()
             while self._waiting:
                 committing.append(self._waiting.popleft())
-            over = [announcements for root, announcements in committing if not root.is_active]
-            committing = [entry for entry in committing if entry[0].is_active]
+            looked_at, committing, over = committing, [], set[Announcement]()
+            for root, announcements in looked_at:
+                if root is not None and root.is_active:
+                    committing.append((root, announcements))
+                else:
+                    over |= announcements
             if over:
-                _notify(connection, set[Announcement]().union(*over))
+                _notify(connection, over)
+                with _lock:
+                    if not committing and not self._waiting:
+                        self.quiet.set()
                 pause = _FIRST_LOOK
                 time.sleep(COALESCE)
             else:
                 time.sleep(pause)
                 pause = min(pause * 2, COALESCE)
-        connection.close()
 
     def _retire(self) -> bool:
         with _lock:
             if self._waiting:
                 return False
-            self._forget()
+            self._go()
             return True
 
+    def _go(self) -> None:
+        self.quiet.set()
+        if _announcers.get(self._key) is self:
+            del _announcers[self._key]
 
-def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -> None:
+
+def _drain() -> None:
+    """Let the announcers of this process say what they know: their threads end with the program, and a short one would
+    be heard at the next poll only.
+    """
+    until = time.monotonic() + _LAST_WORDS
+    with _lock:
+        ours = [announcer for (pid, _), announcer in _announcers.items() if pid == os.getpid()]
+    for announcer in ours:
+        announcer.quiet.wait(max(0.0, until - time.monotonic()))
+
+
+atexit.register(_drain)
+
+
+class _Awaited:
+    """A connection of an async *engine*, made as that makes its own, on an event loop of its own; it sets nothing, for
+    a pooler may stand in between.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        from sqlalchemy.ext.asyncio import AsyncEngine
+
+        self._engine = AsyncEngine(store.twin(engine)).execution_options(isolation_level="AUTOCOMMIT")
+        self._loop = asyncio.Runner()
+        self._connection: AsyncConnection | None = None
+
+    def execute(self, statement: Executable, parameters: Mapping[str, Any]) -> None:
+        """As `store.OwnConnection` does."""
+        self._loop.run(self._execute(statement, parameters))
+
+    async def _execute(self, statement: Executable, parameters: Mapping[str, Any]) -> None:
+        if self._connection is None:
+            self._connection = await self._engine.connect()
+        try:
+            await self._connection.run_sync(store.execute, None, statement, parameters)
+        except BaseException:
+            connection, self._connection = self._connection, None
+            await connection.invalidate()
+            await connection.close()
+            raise
+
+    async def _close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+        await self._engine.dispose()
+
+    def close(self) -> None:
+        with self._loop:
+            self._loop.run(self._close())
+
+
+def _connection_like(engine: Engine) -> "_Awaited | store.OwnConnection":
+    if engine.dialect.is_async:
+        return _Awaited(engine)
+    return store.OwnConnection(store.twin(engine), None, "sqla_river:announce", {"synchronous_commit": "off"})
+
+
+def _notify(connection: "_Awaited | store.OwnConnection", announcements: set[Announcement]) -> None:
     by_schema: dict[str | None, list[str]] = {}
     for schema, queue in announcements:
         by_schema.setdefault(schema, []).append(queue)
@@ -205,16 +348,13 @@ def _notify(connection: store.OwnConnection, announcements: set[Announcement]) -
         try:
             connection.execute(NOTIFY_QUEUES, {"p_schema": schema, "p_queues": sorted(queues)})
         except Exception as error:  # noqa: BLE001 - the poll finds them
-            log.warning(
-                "could not announce queues %s; runners find the jobs at their next poll: %s: %s",
-                sorted(queues),
-                type(error).__name__,
-                str(error).partition("\n")[0],
-            )
+            _missed(queues, error)
 
 
-def _sync_engine(engine: Engine) -> Engine:
-    """An engine like *engine*; on psycopg, where its driver is async: a thread has no greenlet to await in."""
-    if not engine.dialect.is_async:
-        return store.twin(engine)
-    return create_engine(engine.url.set(drivername="postgresql+psycopg"), poolclass=NullPool)
+def _missed(queues: Iterable[str], error: Exception) -> None:
+    log.warning(
+        "could not announce queues %s; runners find the jobs at their next poll: %s: %s",
+        sorted(set(queues)),
+        type(error).__name__,
+        str(error).partition("\n")[0],
+    )

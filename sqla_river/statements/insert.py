@@ -145,8 +145,8 @@ COPY_COLUMNS: Final = tuple(
     )
 )
 
-# Caller: bulk.py, once per block, for other drivers. One JSON parameter instead of twelve arrays: 80 k rows/s against
-# 36 k.
+# Caller: bulk.py, once per block, for other drivers, and for clients that do not speak UTF-8. One JSON parameter
+# instead of twelve arrays: 80 k rows/s against 36 k.
 INSERT_JOBS: Final = _insert_given()
 # The same, under ids that RESERVE_IDS gave.
 INSERT_NUMBERED_JOBS: Final = _insert_given("id")
@@ -182,10 +182,10 @@ _values: Final[dict[str, ColumnElement[Any]]] = {
     "unique_states": cast(_unique.c.unique_states, BIT(8)),
 }
 
-# Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. In the order
-# of the keys, so that two callers with the same keys cannot deadlock; it waits while another open transaction holds one
-# of them. DO NOTHING leaves the row that holds the key alone (River's DO UPDATE locks and rewrites it). The second of a
-# key in one block is a duplicate too.
+# Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. It waits
+# while another open transaction holds one of the keys, which it takes in order: two of these statements cannot
+# deadlock, two transactions of several can. DO NOTHING leaves the row that holds the key alone (River's DO UPDATE locks
+# and rewrites it). The second of a key in one block is a duplicate too.
 INSERT_UNIQUE_JOBS: Final = (
     pg_insert(job)
     .from_select(

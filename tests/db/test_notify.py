@@ -6,31 +6,28 @@ import os
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
-import psycopg
+import orjson
 import pytest
 import transaction
 import zope.sqlalchemy
-from psycopg import sql
 from sqlalchemy import Engine, MetaData, create_engine, make_url, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.orm import Session
 
 from sqla_river import InsertOptions, Job, JobMixin, River, create_all, notify
 from sqla_river import asyncio as awaited
 from sqla_river.config import NotifyMode
 from sqla_river.models import RiverBase
-from tests.database import emptied, shared_database
+from tests.database import emptied, shared_database, statements_of
+from tests.hearing import DEFAULT, SMS, Ear, river_with, until
 from tests.jobs import Ping, SendSMS
 from tests.making import count_states
 
-DEFAULT = '{"queue": "default"}'
-SMS = '{"queue": "notifications"}'
 Put = Callable[[Any, Any], object]
 
 
@@ -51,41 +48,6 @@ def _announcers_that_end_soon(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     until(lambda: not notify._announcers)
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Wait for what has no signal of its own."""
-    deadline = time.monotonic() + 10
-    while not true():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.001)
-
-
-class Ear:
-    """A listener of its own connection. A mark sent after all else tells when everything said before has been heard."""
-
-    def __init__(self, url: str, channel: str = "public.river_insert") -> None:
-        self.channel = channel
-        self._waiting: deque[str] = deque()
-        self.connection = psycopg.connect(
-            make_url(url).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
-        )
-        self.connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(channel)))
-
-    def heard(self) -> list[str]:
-        """All that has been said so far."""
-        self.connection.execute("SELECT pg_notify(%s, 'mark')", (self.channel,))
-        said: list[str] = []
-        while (one := self.next()) != "mark":
-            said.append(one)
-        return said
-
-    def next(self, timeout: float = 10) -> str:
-        """The next that is said."""
-        if not self._waiting:
-            self._waiting.extend(one.payload for one in self.connection.notifies(timeout=timeout, stop_after=1))
-        assert self._waiting, "nothing was heard"
-        return self._waiting.popleft()
-
-
 @pytest.fixture
 def ear(url: str, engine: Engine) -> Iterator[Ear]:
     ear = Ear(url)
@@ -93,22 +55,14 @@ def ear(url: str, engine: Engine) -> Iterator[Ear]:
     ear.connection.close()
 
 
-def river_with(mode: NotifyMode) -> River[Any]:
-    class Base(DeclarativeBase): ...
-
-    class Mine(JobMixin, Base): ...
-
-    return River(job_class=Mine, notify=mode)
-
-
 @pytest.fixture(scope="module")
 def inside() -> River[Any]:
-    return river_with("transaction")
+    return river_with(notify="transaction")
 
 
 @pytest.fixture(scope="module")
 def after() -> River[Any]:
-    return river_with("after_commit")
+    return river_with(notify="after_commit")
 
 
 def put_by(river: River[Any], how: str) -> Put:
@@ -117,6 +71,11 @@ def put_by(river: River[Any], how: str) -> Put:
     if how == "core":
         return lambda session, args: river.enqueue(session.connection(), args)
     return lambda session, args: river.enqueue_many(session, [args, args])
+
+
+def visible(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.execute(text("SELECT count(*) FROM river_job")).scalar_one())
 
 
 ways = pytest.mark.parametrize("how", ["enqueue", "core", "many"])
@@ -271,7 +230,7 @@ def test_two_phase_transactions_commit(engine: Engine, ear: Ear, mode: NotifyMod
     with engine.connect() as connection:
         if connection.execute(text("SHOW max_prepared_transactions")).scalar_one() == "0":
             pytest.skip("the server has max_prepared_transactions = 0")
-    river = river_with(mode)
+    river = river_with(notify=mode)
     with Session(engine, twophase=True) as session:
         river.enqueue(session, Ping(1))
         river.enqueue_many(session, [Ping(2)])
@@ -283,7 +242,7 @@ def test_two_phase_transactions_commit(engine: Engine, ear: Ear, mode: NotifyMod
 
 
 def test_the_mode_off_says_nothing(engine: Engine, ear: Ear) -> None:
-    river = river_with("off")
+    river = river_with(notify="off")
     with Session(engine) as session:
         for how in ("enqueue", "core", "many"):
             put_by(river, how)(session, Ping(1))
@@ -292,12 +251,94 @@ def test_the_mode_off_says_nothing(engine: Engine, ear: Ear) -> None:
     assert ear.heard() == []
 
 
-# ---- after the commit ------------------------------------------------------------------------------------------------
+def test_a_job_whose_statement_was_never_sent_has_announced_nothing(url: str, ear: Ear, inside: River[Any]) -> None:
+    other = create_engine(url, json_serializer=orjson.dumps)  # which refuses 2**70
+    with other.begin() as connection:
+        with pytest.raises(TypeError):
+            inside.enqueue(connection, Ping(2**70))
+        inside.enqueue(connection, Ping(1))
+    other.dispose()
+
+    assert ear.heard() == [DEFAULT]
 
 
-def visible(engine: Engine) -> int:
+def test_what_a_connection_puts_in_first_is_announced_by_its_commit(
+    engine: Engine, ear: Ear, inside: River[Any]
+) -> None:
     with engine.connect() as connection:
-        return int(connection.execute(text("SELECT count(*) FROM river_job")).scalar_one())
+        inside.enqueue_many(connection, [Ping(1)])
+        assert ear.heard() == []
+        connection.commit()
+
+    assert ear.heard() == [DEFAULT]
+
+
+# ---- under AUTOCOMMIT ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["engine", "connection", "session"])
+def autocommitting(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Session]:
+    """A Session each of whose statements is committed by itself, by each of the ways to have one."""
+    if request.param == "engine":
+        with Session(engine.execution_options(isolation_level="AUTOCOMMIT")) as session:
+            yield session
+    elif request.param == "connection":
+        with (
+            engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+            Session(connection) as session,
+        ):
+            yield session
+    else:
+        with Session(engine) as session:
+            session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            yield session
+
+
+@ways
+@pytest.mark.parametrize("mode", ["transaction", "after_commit"])
+def test_under_autocommit_each_statement_is_announced(
+    autocommitting: Session, engine: Engine, ear: Ear, how: str, mode: NotifyMode
+) -> None:
+    put = put_by(river_with(notify=mode), how)
+    for n in range(3):
+        put(autocommitting, Ping(n))
+        put(autocommitting, SendSMS("a"))
+        autocommitting.flush()
+
+        assert sorted([ear.next(), ear.next()]) == [DEFAULT, SMS]
+        assert visible(engine) == (n + 1) * (4 if how == "many" else 2)
+    assert ear.heard() == []
+
+
+def test_under_autocommit_a_flush_is_announced_once_when_all_its_jobs_are_there(
+    autocommitting: Session, engine: Engine, ear: Ear, inside: River[Any]
+) -> None:
+    for n in range(2):
+        with statements_of(engine) as seen:
+            autocommitting.add_all([inside.job_class(each) for each in (Ping(1), SendSMS("a"), Ping(2), Ping(3))])
+            autocommitting.flush()
+
+        assert [statement.split()[0] for statement in seen] == ["INSERT", "SELECT", "SELECT"]
+        assert sorted(ear.heard()) == [DEFAULT, SMS], n
+
+
+def test_under_autocommit_a_flush_that_failed_leaves_nothing_to_wait_for(
+    autocommitting: Session, ear: Ear, inside: River[Any]
+) -> None:
+    job, broken = inside.job_class(Ping(1)), inside.job_class(Ping(2))
+    broken.kind = "x" * 1_000  # the table refuses that
+    autocommitting.add_all([job, broken])
+    with pytest.raises(IntegrityError):
+        autocommitting.flush()
+    autocommitting.rollback()
+    assert ear.heard() == []
+    autocommitting.add(job)
+    autocommitting.commit()
+
+    assert ear.heard() == [DEFAULT]
+
+
+# ---- after the commit ------------------------------------------------------------------------------------------------
 
 
 @ways

@@ -65,6 +65,18 @@ def test_the_second_of_a_key_is_the_first(engine: Engine) -> None:
     assert jobs_in(engine) == [first[0], other[0]]
 
 
+def test_inserted_answers_for_the_last_call_where_both_return_one_object(engine: Engine) -> None:
+    with Session(engine) as session, session.begin():
+        answers: list[bool] = []
+        jobs: list[Job] = []
+        for _ in range(2):
+            jobs.append(enqueue(session, Ping(1), unique=Unique(by_args=True)))
+            answers.append(jobs[-1].inserted)
+
+    assert jobs[0] is jobs[1]
+    assert answers == [True, False]
+
+
 @pytest.mark.parametrize("state", list(JobState))
 def test_a_key_is_held_in_the_states_of_the_mask_only(engine: Engine, state: JobState) -> None:
     first, _ = put(engine)
