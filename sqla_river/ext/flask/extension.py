@@ -15,7 +15,7 @@ from sqlalchemy.orm import scoped_session
 from sqla_river.args import JobArgs
 from sqla_river.config import NOTIFY_MODES, NotifyMode
 from sqla_river.errors import ConfigError
-from sqla_river.ext.flask.commands import commands
+from sqla_river.ext.flask.commands import commands, parse_slots
 from sqla_river.ext.flask.in_process import InProcess
 from sqla_river.ext.flask.scopes import JobScopes
 from sqla_river.hooks import ErrorHandler
@@ -37,8 +37,16 @@ OF_RUNNER: Final = {f"{PREFIX}{name.upper()}": name for name in RunnerWords.__an
 NOTIFY, SCHEMA, IN_PROCESS = f"{PREFIX}NOTIFY", f"{PREFIX}SCHEMA", f"{PREFIX}IN_PROCESS"
 QUEUES: Final = f"{PREFIX}QUEUES"
 DURATIONS: Final = frozenset(f"{PREFIX}{name}" for name in ("TIMEOUT", "POLL", "HEARTBEAT", "LEASE", "STOP_TIMEOUT"))
-OF_COMMAND_LINE: Final = frozenset(f"{PREFIX}{name}" for name in ("APP", "DATABASE_URL", "LOG_LEVEL"))
-"""Settings of the command ``sqla-river``; who takes the whole environment into ``app.config`` has them there too."""
+OF_COMMAND_LINE: Final = frozenset(
+    f"{PREFIX}{name}"
+    for name in (
+        *("APP", "DATABASE_URL", "LOG_LEVEL", "MAX_JOBS", "MAX_RSS", "METRICS_PORT", "PROCESSES", "SUPERVISOR"),
+        *("PG_BIN", "TEST_URL"),
+    )
+)
+"""What else this library reads from the environment: the command ``sqla-river`` and its processes, then the demo and
+the test kit. Who takes the whole environment into ``app.config`` has it there too, and means nothing by it.
+"""
 
 
 class FlaskRiver(Generic[J]):
@@ -54,7 +62,7 @@ class FlaskRiver(Generic[J]):
     What is set in ``app.config`` beats what is given here, and an argument of `runner` beats both:
 
     =========================== =====================================================================================
-    ``SQLA_RIVER_QUEUES``       slots of one runner by queue; ``{"default": 10}``
+    ``SQLA_RIVER_QUEUES``       slots of one runner by queue, also as ``"default=10,emails=50"``; ``{"default": 10}``
     ``SQLA_RIVER_NOTIFY``       how runners hear of a job: ``"transaction"``, ``"after_commit"`` or ``"off"``; see
                                 `River`
     ``SQLA_RIVER_SCHEMA``       where the tables are, unless a Job class of your own says ``__river_schema__``; the
@@ -278,7 +286,12 @@ def _checked(key: str, value: Any) -> Any:
     if key in DURATIONS and not isinstance(given, timedelta | None):
         raise ConfigError(f"{key} must be a timedelta, got {value!r}")
     if key == QUEUES and not isinstance(given, Mapping):
-        raise ConfigError(f"{key} must be slots by queue, as in {{'default': 10}}, got {value!r}")
+        try:
+            return parse_slots(cast("str", given))
+        except (ValueError, AttributeError):
+            raise ConfigError(
+                f"{key} must be slots by queue, as in {{'default': 10}} or 'default=10', got {value!r}"
+            ) from None
     return value
 
 
