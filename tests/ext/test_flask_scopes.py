@@ -174,7 +174,11 @@ def test_the_sessions_of_requests_go_on_by_thread(app: Flask, engine: Engine) ->
 
 def test_draining_keeps_the_session_of_the_test_when_the_error_handler_is_asked(app: Flask, engine: Engine) -> None:
     scoped = scoped_session(sessionmaker(engine))
-    app.config["SQLA_RIVER_ON_ERROR"] = lambda job, error: scoped.execute(text("SELECT 1")) and None
+
+    def on_error(job: JobContext[Any], error: BaseException) -> None:
+        scoped.execute(text("SELECT 1"))
+
+    app.config["SQLA_RIVER_ON_ERROR"] = on_error
     river = FlaskRiver(app, session=scoped)
 
     @river.workers.register(Count)

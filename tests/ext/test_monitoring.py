@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from sqla_river import JobContext, Runner, enqueue_many
 from sqla_river.ext import prometheus
+from sqla_river.ext.prometheus import names as exported
 from tests.making import Count, eventually
 from tests.programs import program
 from tests.working import handling, put, settled
@@ -33,11 +34,11 @@ RULES: Final[list[dict[str, Any]]] = yaml.safe_load((EXAMPLE / "alerts.yml").rea
 DASHBOARD: Final[dict[str, Any]] = json.loads((EXAMPLE / "grafana" / "dashboard.json").read_text())
 QUERIES: Final[list[str]] = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 LABELS: Final[dict[str, set[str]]] = {
-    **{name: set(labels) for name, (_, labels) in {**prometheus.COUNTERS, **prometheus.OF_DATABASE}.items()},
-    **{name: set(labels) for name, (_, labels, _) in prometheus.OF_RUNNER.items()},
+    **{name: set(labels) for name, (_, labels) in {**exported.COUNTERS, **exported.OF_DATABASE}.items()},
+    **{name: set(labels) for name, (_, labels, _) in exported.OF_RUNNER.items()},
     **{
         f"{name}{end}": {*labels, *(["le"] if end == "_bucket" else [])}
-        for name, (_, labels, _) in prometheus.HISTOGRAMS.items()
+        for name, (_, labels, _) in exported.HISTOGRAMS.items()
         for end in ("_bucket", "_sum", "_count")
     },
 }
@@ -63,7 +64,7 @@ def test_an_expression_names_metrics_and_labels_that_the_code_exports(expression
 
 def test_the_dashboard_shows_every_metric_but_those_of_the_probes() -> None:
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for query in QUERIES for name in metrics_in(query)}
-    known = {*prometheus.COUNTERS, *prometheus.HISTOGRAMS, *prometheus.OF_RUNNER, *prometheus.OF_DATABASE}
+    known = {*exported.COUNTERS, *exported.HISTOGRAMS, *exported.OF_RUNNER, *exported.OF_DATABASE}
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
 
     assert known - shown == {
