@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from sqla_river import JobContext, Runner, enqueue_many
 from sqla_river.ext import prometheus
 from sqla_river.ext.prometheus import names as exported
+from sqla_river.health import JUDGED
 from tests.making import Count, eventually
 from tests.programs import program
 from tests.working import handling, put, settled
@@ -60,6 +61,13 @@ def test_an_expression_names_metrics_and_labels_that_the_code_exports(expression
         assert set(grouped) <= LABELS[name] | OF_PROMETHEUS
     for name, matched in re.findall(r"\b(sqla_river_\w+)\{([^}]*)\}", expression):
         assert set(re.findall(r"(\w+)=~?\"", matched)) <= LABELS[name]
+
+
+def test_the_stuck_loops_are_those_that_health_judges() -> None:
+    """A duty may take its time: /healthz says nothing of it, and neither does the alert."""
+    (named,) = re.findall(r'sqla_river_loop_age_seconds\{loop=~"([^"]*)"\}', of_alert("SqlaRiverStuckLoop")["expr"])
+
+    assert set(named.split("|")) == JUDGED
 
 
 def test_the_dashboard_shows_every_metric_but_those_of_the_probes() -> None:
@@ -132,6 +140,7 @@ def test_promtool_takes_the_rules_and_each_fires_when_it_should(tmp_path: Path) 
         rule_test("SqlaRiverDiscarded", {discarded: "7x20"}, "8m", None),
         rule_test("SqlaRiverStuckLoop", {loop: "16x5"}, "2m", of_loop),
         rule_test("SqlaRiverStuckLoop", {loop: "6x5"}, "2m", None),
+        rule_test("SqlaRiverStuckLoop", {loop.replace("fetch", "duties"): "600x5"}, "2m", None),
         rule_test("SqlaRiverNoRunner", {ready: "0x5"}, "3m", {}),
         rule_test("SqlaRiverNoRunner", {ready: "1x5"}, "3m", None),
         rule_test("SqlaRiverOldTransaction", {old: "400x5"}, "2m", {}),
