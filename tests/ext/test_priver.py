@@ -65,7 +65,7 @@ def test_settings_that_cannot_be_are_told_in_a_line(
 def test_errors_of_the_application_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keyless.py").write_text("{}['no such key']")
     (tmp_path / "shop.ini").write_text("[app:main]\nuse = call:keyless:main\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
     with pytest.raises(KeyError, match="no such key"):
         priver.main([str(tmp_path / "shop.ini")])
