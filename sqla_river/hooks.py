@@ -70,7 +70,8 @@ ErrorHandler = Callable[[JobContext[Any], BaseException], Cancel | None]
 class Event:
     """Something that happened to a job (or a queue) of this runner, after it was committed.
 
-    `seconds` is how long the handler ran; `error` what ended the attempt.
+    `seconds` is how long the handler ran; `error` what ended the attempt; `token` names the fetch it came with: no
+    other attempt, of whatever database, has both the same token and the same `job_id`.
     """
 
     kind: EventKind
@@ -80,6 +81,7 @@ class Event:
     attempt: int | None = None
     seconds: float | None = None
     error: BaseException | None = None
+    token: str | None = None
 
 
 EVENTS_EVERYWHERE: Final[list[Callable[[Event], object]]] = []
@@ -182,7 +184,7 @@ class Events:
         for result, state in written:
             row = result.job
             kind = _BY_STATE[state]
-            self.put(Event(kind, row.queue, row.id, row.kind, row.attempt, result.seconds, result.error))
+            self.put(Event(kind, row.queue, row.id, row.kind, row.attempt, result.seconds, result.error, row.token))
 
 
 class Meter(Protocol):
@@ -190,6 +192,10 @@ class Meter(Protocol):
 
     For metrics: a call per batch costs nothing per job, and what is told of has been committed.
     """
+
+    def started(self, runner_id: str, /) -> None:
+        """A life of the runner begins, in this process: it may be a fork of the one that attached the meter."""
+        ...
 
     def fetched(self, rows: Sequence[JobRow], /) -> None:
         """These jobs are about to start."""
@@ -222,7 +228,7 @@ class Meters:
     def attach(self, meter: Meter) -> None:
         self.meters = (*self.meters, meter)
 
-    def tell(self, what: Literal["fetched", "written", "rescued", "looked"], told: Any) -> None:
+    def tell(self, what: Literal["started", "fetched", "written", "rescued", "looked"], told: Any) -> None:
         """Tell all of them; next to nothing where there are none."""
         for meter in self.meters:
             try:

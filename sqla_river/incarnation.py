@@ -273,6 +273,7 @@ class Incarnation:
     def start(self) -> None:
         """Begin this life; where that fails it has to be stopped too."""
         atexit.register(self._at_exit)
+        self._meters.tell("started", self.id)
         for loop in (self._completing, self._beating, self._maintaining, self._watching):
             loop.start()
         if self._listener is not None:

@@ -28,3 +28,4 @@ def set_up(stream: TextIO = sys.stderr) -> None:
     logger = logging.getLogger("sqla_river")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # `sqla-river work` has set up the root logger by now: it would write each line once more

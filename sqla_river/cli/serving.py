@@ -13,6 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import click
 
+from sqla_river.cli.database import told
 from sqla_river.health import LIMIT, Health
 from sqla_river.logs import Log
 from sqla_river.runner import Runner
@@ -93,10 +94,12 @@ def serve(runner: Runner, port: int, limit: timedelta = LIMIT) -> Serving:
     """Serve the metrics and the health of *runner* on *port*, from now on.
 
     Raises:
-        click.ClickException: without prometheus_client, or where the port is taken.
+        click.ClickException: without prometheus_client, or where the port is taken, or PROMETHEUS_MULTIPROC_DIR names
+            no folder.
     """
     adapter = _adapter()
-    adapter.watch(runner)
+    with told():
+        adapter.watch(runner)
     return _serve(port, adapter, lambda: runner.health(limit))
 
 
@@ -118,7 +121,9 @@ def serve_processes(port: int) -> Serving:
 
 def share(runner: Runner) -> None:
     """Let the process that called `serve_processes` show the metrics and the health of *runner*."""
-    _adapter().watch(runner)
+    adapter = _adapter()
+    with told():
+        adapter.watch(runner)
 
 
 def _adapter() -> Any:
@@ -134,8 +139,10 @@ def _adapter() -> Any:
 
 
 def _serve(port: int, adapter: Any, health: Callable[[], Health]) -> Serving:
+    with told():
+        metrics = adapter.make_wsgi_app()
     try:
-        serving = Serving(port, adapter.make_wsgi_app(), health)
+        serving = Serving(port, metrics, health)
     except OSError as error:
         raise click.ClickException(f"cannot listen on port {port}: {error.strerror}; choose another") from error
     serving.start()

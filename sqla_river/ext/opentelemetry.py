@@ -87,7 +87,8 @@ class Telling:
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._outcomes = meter.create_counter("sqla_river.jobs.settled", "{job}", "Outcomes committed, by outcome")
-        self._unsettled: dict[tuple[int, int], SpanContext] = {}
+        self._unsettled: dict[tuple[str, int], SpanContext] = {}
+        """By token and id: of two databases both have a first job, and both of them a first attempt."""
         self._lock = threading.Lock()
 
     def insert(
@@ -148,7 +149,7 @@ class Telling:
         labels = _labels("settle", event.queue, event.job_kind)
         self._outcomes.add(1, {**labels, "sqla_river.outcome": event.kind})
         with self._lock:
-            context = self._unsettled.pop((event.job_id, event.attempt or 0), None)
+            context = self._unsettled.pop((event.token or "", event.job_id), None)
         if context is None:
             return  # its handler was never called
         about: dict[str, str | int] = {
@@ -179,7 +180,7 @@ class Telling:
         with self._lock:
             if len(self._unsettled) >= _MOST_UNSETTLED:  # outcomes that came too late are never settled
                 del self._unsettled[next(iter(self._unsettled))]
-            self._unsettled[job.id, job.attempt] = span.get_span_context()
+            self._unsettled[job.row.token, job.id] = span.get_span_context()
         return span, time.monotonic()
 
     def _end(self, job: JobContext[Any], span: Span, began: float, error: BaseException | None) -> None:

@@ -3,6 +3,7 @@ Pyramid is told in a line.
 """
 
 import argparse
+import configparser
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="priver",
         description="Work the jobs of a Pyramid application, until SIGTERM or Ctrl-C.",
-        epilog="Exit code 0 after such a stop, 1 for an error, 2 for a command line that cannot be.",
+        epilog="Exit code 0 after such a stop, 1 for an error, 2 for a command line, or settings, that cannot be.",
     )
     parser.add_argument("config_uri", metavar="config.ini[#app]", help="the application's file of settings")
     parser.add_argument(
@@ -49,9 +50,17 @@ def _work(config_uri: str, variables: dict[str, str], queues: str | None) -> int
     try:
         options = {} if queues is None else {"queues": ext.parse_queues(queues)}
         paste.setup_logging(config_uri, global_conf=variables)
-    except (ConfigError, FileNotFoundError, PlasterError) as error:
+    except (ConfigError, FileNotFoundError, PlasterError, configparser.Error) as error:
         return _told(error, 2)
+    except KeyError as error:  # of logging.config, which says no more than the name
+        return _told(f"{config_uri} sets up logging, and says nothing of {error}", 2)
     try:
+        try:
+            paste.get_appsettings(config_uri, options=variables)
+        except (configparser.Error, LookupError) as error:
+            if isinstance(error, KeyError | IndexError):  # of the application, which is imported here; PasteDeploy's
+                raise  # own are plain
+            return _told(error, 2)
         # The request of bootstrap is closed again before the work begins: it would hold its session all the time.
         with paste.bootstrap(config_uri, options=variables) as environment:
             runner = ext.runner(environment["registry"], **options)
@@ -64,5 +73,5 @@ def _work(config_uri: str, variables: dict[str, str], queues: str | None) -> int
 
 
 def _told(error: object, code: int = 1) -> int:
-    print(f"priver: {error}", file=sys.stderr)
+    print("priver:", " ".join(str(error).split()), file=sys.stderr)
     return code

@@ -1,9 +1,11 @@
 """FlaskRiver: jobs join the request's session, and run inside an app context."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import attrs
@@ -14,9 +16,10 @@ from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
+import sqla_river
 from sqla_river import InsertOptions, Job, JobContext, JobMixin, River, Runner, Workers, create_all
 from sqla_river.errors import ConfigError
-from sqla_river.ext.flask import FlaskRiver
+from sqla_river.ext.flask import FlaskRiver, extension
 from sqla_river.models import RiverBase
 from sqla_river.testing import drain
 from tests.database import emptied, shared_database
@@ -425,8 +428,6 @@ def test_config_beats_the_constructor_and_a_call_beats_both(shop: Shop) -> None:
 
 
 def test_every_setting_of_a_runner_is_documented() -> None:
-    from sqla_river.ext.flask import extension
-
     names = {*extension.OF_RUNNER, extension.NOTIFY, extension.SCHEMA, extension.IN_PROCESS}
     assert {line.split("``")[1] for line in (FlaskRiver.__doc__ or "").splitlines() if "``SQLA_RIVER" in line[:20]} == (
         names
@@ -453,7 +454,8 @@ def test_a_setting_that_cannot_be_is_refused_at_init_app(settings: dict[str, Any
     ("settings", "message"),
     [
         ({"SQLA_RIVER_LEASE": 60}, "SQLA_RIVER_LEASE must be a timedelta, got 60"),
-        ({"SQLA_RIVER_QUEUES": "default=1"}, "SQLA_RIVER_QUEUES must be slots by queue.*got 'default=1'"),
+        ({"SQLA_RIVER_QUEUES": "default"}, "SQLA_RIVER_QUEUES must be slots by queue.*got 'default'"),
+        ({"SQLA_RIVER_QUEUES": 5}, "SQLA_RIVER_QUEUES must be slots by queue.*got 5"),
         ({"SQLA_RIVER_QUEUES": {"default": "1"}}, "queue 'default' must have 1..10000 slots, got '1'"),
     ],
 )
@@ -483,11 +485,17 @@ def test_settings_that_contradict_the_river_are_refused(settings: dict[str, Any]
         FlaskRiver(app, river=River(job_class=InSchema, notify="after_commit"))
 
 
-def test_the_settings_of_the_command_line_may_stand_in_the_config() -> None:
+def test_all_that_the_library_reads_from_the_environment_may_stand_in_the_config(shop: Shop) -> None:
     """As with app.config.from_mapping(os.environ)."""
-    app = Flask("app")
-    app.config |= {"SQLA_RIVER_DATABASE_URL": "x", "SQLA_RIVER_LOG_LEVEL": "x", "SQLA_RIVER_APP": "x"}
-    FlaskRiver(app)
+    package = Path(sqla_river.__file__).parent
+    sources = [path.read_text() for path in package.rglob("*.py") if "ext" not in path.relative_to(package).parts]
+    names = {name for source in sources for name in re.findall(r"SQLA_RIVER_\w+", source)}
+    shop.app.config |= dict.fromkeys(names, "x") | {"SQLA_RIVER_QUEUES": "default=3, emails=2"}
+    river = FlaskRiver(shop.app)
+
+    assert {"SQLA_RIVER_PROCESSES", "SQLA_RIVER_METRICS_PORT", "SQLA_RIVER_SUPERVISOR"} < names
+    assert names - set(extension.OF_RUNNER) - {extension.SCHEMA} == extension.OF_COMMAND_LINE
+    assert river.runner().queues == {"default": 3, "emails": 2}
 
 
 def test_one_extension_serves_several_apps(engine: Engine, url: str) -> None:

@@ -24,6 +24,8 @@ from sqlalchemy.orm import Session
 
 from sqla_river import JobContext, Runner, enqueue_many
 from sqla_river.ext import prometheus
+from sqla_river.ext.prometheus import names as exported
+from sqla_river.health import JUDGED
 from tests.making import Count, eventually
 from tests.programs import program
 from tests.working import handling, put, settled
@@ -33,11 +35,11 @@ RULES: Final[list[dict[str, Any]]] = yaml.safe_load((EXAMPLE / "alerts.yml").rea
 DASHBOARD: Final[dict[str, Any]] = json.loads((EXAMPLE / "grafana" / "dashboard.json").read_text())
 QUERIES: Final[list[str]] = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 LABELS: Final[dict[str, set[str]]] = {
-    **{name: set(labels) for name, (_, labels) in {**prometheus.COUNTERS, **prometheus.OF_DATABASE}.items()},
-    **{name: set(labels) for name, (_, labels, _) in prometheus.OF_RUNNER.items()},
+    **{name: set(labels) for name, (_, labels) in {**exported.COUNTERS, **exported.OF_DATABASE}.items()},
+    **{name: set(labels) for name, (_, labels, _) in exported.OF_RUNNER.items()},
     **{
         f"{name}{end}": {*labels, *(["le"] if end == "_bucket" else [])}
-        for name, (_, labels, _) in prometheus.HISTOGRAMS.items()
+        for name, (_, labels, _) in exported.HISTOGRAMS.items()
         for end in ("_bucket", "_sum", "_count")
     },
 }
@@ -61,9 +63,16 @@ def test_an_expression_names_metrics_and_labels_that_the_code_exports(expression
         assert set(re.findall(r"(\w+)=~?\"", matched)) <= LABELS[name]
 
 
+def test_the_stuck_loops_are_those_that_health_judges() -> None:
+    """A duty may take its time: /healthz says nothing of it, and neither does the alert."""
+    (named,) = re.findall(r'sqla_river_loop_age_seconds\{loop=~"([^"]*)"\}', of_alert("SqlaRiverStuckLoop")["expr"])
+
+    assert set(named.split("|")) == JUDGED
+
+
 def test_the_dashboard_shows_every_metric_but_those_of_the_probes() -> None:
     shown = {re.sub(r"_(bucket|sum|count)$", "", name) for query in QUERIES for name in metrics_in(query)}
-    known = {*prometheus.COUNTERS, *prometheus.HISTOGRAMS, *prometheus.OF_RUNNER, *prometheus.OF_DATABASE}
+    known = {*exported.COUNTERS, *exported.HISTOGRAMS, *exported.OF_RUNNER, *exported.OF_DATABASE}
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in DASHBOARD["panels"]]
 
     assert known - shown == {
@@ -131,6 +140,7 @@ def test_promtool_takes_the_rules_and_each_fires_when_it_should(tmp_path: Path) 
         rule_test("SqlaRiverDiscarded", {discarded: "7x20"}, "8m", None),
         rule_test("SqlaRiverStuckLoop", {loop: "16x5"}, "2m", of_loop),
         rule_test("SqlaRiverStuckLoop", {loop: "6x5"}, "2m", None),
+        rule_test("SqlaRiverStuckLoop", {loop.replace("fetch", "duties"): "600x5"}, "2m", None),
         rule_test("SqlaRiverNoRunner", {ready: "0x5"}, "3m", {}),
         rule_test("SqlaRiverNoRunner", {ready: "1x5"}, "3m", None),
         rule_test("SqlaRiverOldTransaction", {old: "400x5"}, "2m", {}),

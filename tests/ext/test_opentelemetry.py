@@ -1,6 +1,7 @@
 """Spans and metrics of a real job: enqueued, processed, settled."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -34,6 +35,12 @@ def shared(server: str, template: str) -> Iterator[str]:
 @pytest.fixture
 def engine(shared: str) -> Iterator[Engine]:
     yield from emptied(shared)
+
+
+@pytest.fixture
+def other(server: str, template: str) -> Iterator[Engine]:
+    for url in shared_database(server, template):
+        yield from emptied(url)
 
 
 class Telemetry:
@@ -232,6 +239,25 @@ def test_a_wish_is_no_error_and_a_transactional_job_is_settled_too(engine: Engin
 
     assert {about(span)["sqla_river.outcome"] for span in settles} == {"cancelled", "snoozed"}
     assert all(span.status.status_code == StatusCode.UNSET for span in telemetry.spans("process default", 2))
+
+
+def test_jobs_of_two_databases_with_the_same_id_are_told_apart(
+    engine: Engine, other: Engine, telemetry: Telemetry
+) -> None:
+    both = threading.Barrier(2)
+
+    def meets(_: JobContext[Count]) -> None:
+        both.wait(30)
+
+    workers = handling(meets)
+    (job_id,), (other_id,) = put(engine, 1), put(other, 1, queue="there")
+    with working(engine, workers), working(other, workers, queues={"there": 1}):
+        (settle,) = telemetry.spans("settle default")
+        (settle_there,) = telemetry.spans("settle there")
+    (process,), (process_there,) = telemetry.spans("process default"), telemetry.spans("process there")
+
+    assert job_id == other_id
+    assert [parent_of(settle), parent_of(settle_there)] == [id_of(process), id_of(process_there)]
 
 
 def test_a_job_without_a_usable_trace_begins_one_of_its_own(engine: Engine, telemetry: Telemetry) -> None:

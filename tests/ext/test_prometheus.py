@@ -2,36 +2,31 @@
 
 import asyncio
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 
 from sqla_river import Cancel, JobContext, Runner, Snooze
-from sqla_river.cli.serving import FOLDER, serve_processes
 from sqla_river.duties import turns
 from sqla_river.duties.figures import Figures
-from sqla_river.ext import prometheus
-from sqla_river.ext.prometheus import make_asgi_app, make_wsgi_app, shared_health, watch
+from sqla_river.ext.prometheus import databases, make_asgi_app, make_wsgi_app, names, watch
+from sqla_river.ext.prometheus.metrics import Metrics
 from sqla_river.stats import all_stats
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, count_states, eventually, make_jobs
 from tests.working import HOUR, after, handling, nothing, put
 
 ROOT = Path(__file__).parents[2]
-NAMES = {*prometheus.COUNTERS, *prometheus.HISTOGRAMS, *prometheus.OF_RUNNER, *prometheus.OF_DATABASE}
+NAMES = {*names.COUNTERS, *names.HISTOGRAMS, *names.OF_RUNNER, *names.OF_DATABASE}
 OF_JOB = {"queue": "default", "kind": "count"}
 
 
@@ -46,6 +41,12 @@ def engine(shared: str) -> Iterator[Engine]:
         with engine.begin() as connection:
             connection.execute(text("TRUNCATE river_counter, river_history, river_queue, river_duty"))
         yield engine
+
+
+@pytest.fixture
+def other(server: str, template: str) -> Iterator[Engine]:
+    for url in shared_database(server, template):
+        yield from emptied(url)
 
 
 @pytest.fixture
@@ -153,12 +154,28 @@ def test_rescued_jobs_of_unknown_kinds_and_queues_are_others(engine: Engine, reg
     assert rescued == {("count", "default"): 3, ("other", "other"): 2}  # kind, queue
 
 
+def test_jobs_that_end_by_rescue_count_as_discarded_or_cancelled(engine: Engine, registry: CollectorRegistry) -> None:
+    theirs: dict[str, Any] = {"state": "running", "token": "go-client", "attempted_at": "2020-01-01"}
+    make_jobs(engine, 3, **theirs, attempt=5, max_attempts=5)
+    make_jobs(engine, 2, **theirs, metadata={"cancel_attempted_at": "2020-01-01T00:00:00Z"})
+    make_jobs(engine, 1, **theirs, scheduled_at="2020-01-01")
+    quick: dict[str, Any] = {"heartbeat": timedelta(milliseconds=200), "lease": timedelta(milliseconds=600)}
+    runner = Runner(engine, handling(nothing), queues={"default": 2}, **quick)
+    watch(runner, registry)
+    with runner:
+        eventually(lambda: read(registry, "sqla_river_jobs_rescued_total", **OF_JOB) == 6, 20, "a rescue")
+
+    assert read(registry, "sqla_river_jobs_discarded_total", **OF_JOB) == 3
+    assert read(registry, "sqla_river_jobs_cancelled_total", **OF_JOB) == 2
+    assert read(registry, "sqla_river_jobs_failed_total", **OF_JOB) == 0
+
+
 def test_a_meter_that_raises_disturbs_nobody(engine: Engine, registry: CollectorRegistry) -> None:
     class Broken:
-        def fetched(self, told: Any, /) -> None:
+        def started(self, told: Any, /) -> None:
             raise RuntimeError("it broke")
 
-        written = rescued = looked = fetched
+        fetched = written = rescued = looked = started
 
     runner = Runner(engine, handling(nothing), queues={"default": 2})
     runner.attach(Broken())
@@ -202,7 +219,7 @@ def test_one_runner_of_a_fleet_looks_at_the_database(engine: Engine, monkeypatch
     assert depth["mail", "scheduled"] == 2
     assert 300 <= read(looked[0], "sqla_river_oldest_available_age_seconds", queue="default") < 400
     assert 0 <= read(looked[0], "sqla_river_notification_queue_usage_ratio") < 1
-    for name in NAMES & set(prometheus.OF_DATABASE):
+    for name in NAMES & set(names.OF_DATABASE):
         assert samples(looked[0], name), name
 
 
@@ -222,15 +239,45 @@ def test_figures_that_are_anothers_by_now_are_not_shown(
     engine: Engine, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_jobs(engine, 3)
-    metrics = prometheus.Metrics(registry)
+    metrics = Metrics(registry)
     with engine.connect() as connection:
         found = all_stats(connection, None)
-    metrics.looked(Figures(found, 5, timedelta(seconds=3), 0.25))
+    metrics.looked("here", Figures(found, 5, timedelta(seconds=3), 0.25))
     assert read(registry, "sqla_river_queue_depth", queue="default", state="available") == 3
-    monkeypatch.setattr(prometheus, "FRESH_FOR", 0.0)
+    monkeypatch.setattr(databases, "FRESH_FOR", 0.0)
 
     assert math.isnan(read(registry, "sqla_river_queue_depth", queue="default", state="available"))
     assert math.isnan(read(registry, "sqla_river_oldest_transaction_age_seconds"))
+
+
+def test_runners_of_two_databases_are_added_up(engine: Engine, other: Engine, registry: CollectorRegistry) -> None:
+    make_jobs(engine, 7, queue="here", kind="nobody-works-this")
+    make_jobs(other, 5, queue="there", kind="nobody-works-this")
+    for number, each in enumerate((engine, other), start=1):
+        make_jobs(each, number, queue="both", kind="nobody-works-this", due_in=timedelta(minutes=-5 * number))
+    runners = [Runner(each, handling(nothing), queues={"default": 1}) for each in (engine, other)]
+    for runner in runners:
+        watch(runner, registry)
+    with runners[0], runners[1]:
+        eventually(lambda: samples(registry, "sqla_river_queue_depth").get(("both", "available")) == 3, what="both")
+    depth = samples(registry, "sqla_river_queue_depth")
+
+    assert (depth["here", "available"], depth["there", "available"]) == (7, 5)
+    assert 600 <= read(registry, "sqla_river_oldest_available_age_seconds", queue="both") < 700
+
+
+def test_runners_of_one_database_are_counted_once_whoever_they_log_in_as(
+    engine: Engine, registry: CollectorRegistry
+) -> None:
+    make_jobs(engine, 3)
+    metrics = Metrics(registry)
+    with engine.connect() as connection:
+        figures = Figures(all_stats(connection, None), 5, timedelta(0), 0.0)
+    elsewhere = create_engine(engine.url.set(username="another", password="x"))
+    for each in (engine, elsewhere):
+        metrics.looked(databases.database_of(Runner(each, handling(nothing), queues={"default": 1})), figures)
+
+    assert read(registry, "sqla_river_queue_depth", queue="default", state="available") == 3
 
 
 def test_a_hundred_queues_are_named_and_the_others_added_up(engine: Engine, registry: CollectorRegistry) -> None:
@@ -243,7 +290,7 @@ def test_a_hundred_queues_are_named_and_the_others_added_up(engine: Engine, regi
             )
         )
         found = all_stats(connection, None)
-    prometheus.Metrics(registry).looked(Figures(found, 0, timedelta(0), 0.0))
+    Metrics(registry).looked("here", Figures(found, 0, timedelta(0), 0.0))
 
     depth = samples(registry, "sqla_river_queue_depth")
     assert len({queue for queue, _ in depth}) == 101
@@ -255,19 +302,19 @@ def test_a_hundred_queues_are_named_and_the_others_added_up(engine: Engine, regi
 
 
 def test_names_follow_prometheus_practice(registry: CollectorRegistry) -> None:
-    prometheus.Metrics(registry)
+    Metrics(registry)
     told = text_string_to_metric_families(generate_latest(registry).decode())
     families = [family for family in told if not family.name.endswith("_created")]  # which the library adds
 
     assert {f"{family.name}_total" if family.type == "counter" else family.name for family in families} == NAMES
     for name in NAMES:
         assert re.fullmatch(r"sqla_river_[a-z_]+", name)
-        assert name.endswith("_total") == (name in prometheus.COUNTERS)
+        assert name.endswith("_total") == (name in names.COUNTERS)
         assert not re.search(r"_(ms|millis|minutes)", name)
 
 
 def test_the_apps_answer_with_the_metrics(registry: CollectorRegistry) -> None:
-    prometheus.Metrics(registry)
+    Metrics(registry)
     said: list[str] = []
 
     def answered(status: str, _: object) -> None:
@@ -301,70 +348,22 @@ def test_the_apps_answer_with_the_metrics(registry: CollectorRegistry) -> None:
     assert b"sqla_river_stale_outcomes_total 0.0" in sent[1]["body"]
 
 
-SHARING = """
-import sys
-from sqlalchemy import create_engine
-from sqla_river import Runner
-from sqla_river.cli.serving import share
-from tests.working import handling, nothing
+def test_a_scrape_of_some_names_is_as_fresh_as_one_of_all(engine: Engine, registry: CollectorRegistry) -> None:
+    runner = Runner(engine, handling(nothing), queues={"default": 1})
+    watch(runner, registry)
+    query = "name[]=sqla_river_runner_ready&name[]=sqla_river_stale_outcomes_total"
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/metrics", "QUERY_STRING": query}
 
-runner = Runner(create_engine(sys.argv[1]), handling(nothing), queues={"default": 2})
-share(runner)
-with runner:
-    print("works", flush=True)
-    sys.stdin.readline()
-"""
+    def answered(status: str, _: object) -> None:
+        assert status == "200 OK"
 
+    with runner:
+        said = b"".join(make_wsgi_app(registry)(environ, answered)).decode()
 
-def test_processes_share_one_port_for_their_metrics_and_health(
-    engine: Engine, shared: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER, "")  # to be put back as it was
-    monkeypatch.delenv(FOLDER)
-    serving = serve_processes(0)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARING, shared], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
+    assert [line for line in said.splitlines() if not line.startswith("#")] == [
+        "sqla_river_stale_outcomes_total 0.0",
+        "sqla_river_runner_ready 1.0",
     ]
-
-    def get(path: str) -> str:
-        try:
-            with urlopen(f"http://127.0.0.1:{serving.port}{path}", timeout=10) as answer:
-                return str(answer.read().decode())
-        except HTTPError as error:
-            with error:
-                return str(error.read().decode())
-
-    try:
-        assert get("/readyz") == "no process has started yet\n"
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "works\n"
-        put(engine, *range(40))
-        total = 'sqla_river_jobs_completed_total{kind="count",queue="default"} 40.0'
-        eventually(lambda: total in get("/metrics"), 20, "all of them, wherever they ran")
-        for part in ('loop_age_seconds{loop="fetch"}', 'queue_depth{queue="default",state="available"}'):
-            eventually(lambda: f"sqla_river_{part}" in get("/metrics"), 20, part)  # noqa: B023
-        eventually(lambda: get("/readyz") == "ok\n", 20, "both to be well")
-
-        processes[0].send_signal(signal.SIGSTOP)
-        eventually(lambda: not shared_health(timedelta(seconds=2)).alive, 20, "word that one is frozen")
-        said = shared_health(timedelta(seconds=2)).problems
-        processes[0].kill()
-        processes[0].wait(20)
-        eventually(lambda: shared_health(timedelta(seconds=2)).ready, 20, "the other to be well")
-        assert total in get("/metrics")  # what the dead one counted stays
-    finally:
-        processes[0].kill()
-        for process in processes:
-            process.communicate("\n", timeout=20)
-        serving.stop()
-
-    assert "has said nothing" in said[0]
-    assert processes[1].returncode == 0
 
 
 def test_the_core_knows_nothing_of_prometheus() -> None:

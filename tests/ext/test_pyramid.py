@@ -1,7 +1,5 @@
 """Pyramid: what a request enqueues, and what surrounds a job."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +19,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_river import InsertOptions, Job, JobContext, River, Snooze, Unique, Workers
 from sqla_river.errors import ConfigError, RegistrationError
-from sqla_river.ext import priver
 from sqla_river.ext.pyramid import parse_queues, river_of, runner
 from tests.database import emptied, shared_database
 from tests.making import Count, Greet, eventually
@@ -305,22 +302,6 @@ def test_options_are_said_once_and_those_of_the_call_come_first(engine: Engine) 
     config.set_river_options(queues={"a": 2})
     with pytest.raises(ConfigurationConflictError):
         config.commit()
-
-
-def test_a_missing_pyramid_is_told_with_the_name_of_the_extra() -> None:
-    program = "import sys; sys.modules['pyramid'] = None; from sqla_river.ext.priver import main; main(['shop.ini'])"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-
-    told = "priver: sqla_river.ext.pyramid needs pyramid; run pip install 'sqla-river[pyramid]'\n"
-    assert (ended.returncode, ended.stderr) == (1, told)
-
-
-def test_a_command_line_that_cannot_be_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["no-such.ini"], ["no-such.ini", "port"], ["no-such:scheme://x"], ["no-such.ini", "--queues", "x"]):
-        with pytest.raises(SystemExit) as ended:
-            priver.main(words)
-        assert ended.value.code == 2
-    assert "no-such.ini" in capsys.readouterr().err
 
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_the_recipe_for_structlog_gives_a_line_of_json_per_event(engine: Engine)
 
     stream = io.StringIO()
     logger = logging.getLogger("sqla_river")
-    before = logger.handlers[:], logger.level
+    before = logger.handlers[:], logger.level, logger.propagate
     structlog_lines.set_up(stream)
     workers = Workers()
     workers.register(Pay)(breaks)
@@ -198,7 +198,7 @@ def test_the_recipe_for_structlog_gives_a_line_of_json_per_event(engine: Engine)
             job_id = make_job(engine, kind="pay", args={"order": 5, "card": "4111-1111"})
             settled(engine, job_id)
     finally:
-        logger.handlers[:], logger.level = before
+        logger.handlers[:], logger.level, logger.propagate = before
         logger.setLevel(before[1])
 
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -56,11 +56,14 @@ def _changing() -> Generator[Session]:
         yield session
 
 
+def parse_slots(queues: str) -> dict[str, int]:
+    """``default=10,emails=50``; raises ValueError for what says something else."""
+    return {name.strip(): int(slots) for name, _, slots in (each.partition("=") for each in queues.split(","))}
+
+
 def _slots(_ctx: click.Context, _option: click.Parameter, value: str | None) -> dict[str, int] | None:
-    """``default=10,emails=50``."""
     try:
-        pairs = [each.partition("=") for each in value.split(",")] if value is not None else []
-        return {name.strip(): int(slots) for name, _, slots in pairs} or None
+        return None if value is None else parse_slots(value)
     except ValueError:
         raise click.BadParameter(f"write NAME=SLOTS,..., as in default=10,emails=50, got '{value}'") from None
 

@@ -15,8 +15,9 @@ from sqlalchemy.orm import scoped_session
 from sqla_river.args import JobArgs
 from sqla_river.config import NOTIFY_MODES, NotifyMode
 from sqla_river.errors import ConfigError
-from sqla_river.ext.flask.commands import commands
+from sqla_river.ext.flask.commands import commands, parse_slots
 from sqla_river.ext.flask.in_process import InProcess
+from sqla_river.ext.flask.scopes import JobScopes
 from sqla_river.hooks import ErrorHandler
 from sqla_river.insert import Inserted, Items
 from sqla_river.models import Job, JobMixin, RiverBase, declared_schema
@@ -36,8 +37,16 @@ OF_RUNNER: Final = {f"{PREFIX}{name.upper()}": name for name in RunnerWords.__an
 NOTIFY, SCHEMA, IN_PROCESS = f"{PREFIX}NOTIFY", f"{PREFIX}SCHEMA", f"{PREFIX}IN_PROCESS"
 QUEUES: Final = f"{PREFIX}QUEUES"
 DURATIONS: Final = frozenset(f"{PREFIX}{name}" for name in ("TIMEOUT", "POLL", "HEARTBEAT", "LEASE", "STOP_TIMEOUT"))
-OF_COMMAND_LINE: Final = frozenset(f"{PREFIX}{name}" for name in ("APP", "DATABASE_URL", "LOG_LEVEL"))
-"""Settings of the command ``sqla-river``; who takes the whole environment into ``app.config`` has them there too."""
+OF_COMMAND_LINE: Final = frozenset(
+    f"{PREFIX}{name}"
+    for name in (
+        *("APP", "DATABASE_URL", "LOG_LEVEL", "MAX_JOBS", "MAX_RSS", "METRICS_PORT", "PROCESSES", "SUPERVISOR"),
+        *("PG_BIN", "TEST_URL"),
+    )
+)
+"""What else this library reads from the environment: the command ``sqla-river`` and its processes, then the demo and
+the test kit. Who takes the whole environment into ``app.config`` has it there too, and means nothing by it.
+"""
 
 
 class FlaskRiver(Generic[J]):
@@ -45,13 +54,15 @@ class FlaskRiver(Generic[J]):
 
     `enqueue` joins the session of the request: ``db.session`` of Flask-SQLAlchemy, or the scoped_session given here.
     A ``class Job(JobMixin, db.Model)`` is found by itself, and its ``__bind_key__`` says which database has the jobs.
-    Every job runs inside an app context of its own, and its session is removed at the end; in a transactional handler
-    (a plain one) the scoped session *is* the session of the job. ``flask river`` has the commands.
+    Every job runs inside an app context of its own, async ones too, and has a session of its own, closed at the end,
+    whether the scoped_session goes by thread or by app context; what a handler does in other threads is its own
+    matter. In a transactional handler (a plain one) the scoped session *is* the session of the job. ``flask river``
+    has the commands.
 
     What is set in ``app.config`` beats what is given here, and an argument of `runner` beats both:
 
     =========================== =====================================================================================
-    ``SQLA_RIVER_QUEUES``       slots of one runner by queue; ``{"default": 10}``
+    ``SQLA_RIVER_QUEUES``       slots of one runner by queue, also as ``"default=10,emails=50"``; ``{"default": 10}``
     ``SQLA_RIVER_NOTIFY``       how runners hear of a job: ``"transaction"``, ``"after_commit"`` or ``"off"``; see
                                 `River`
     ``SQLA_RIVER_SCHEMA``       where the tables are, unless a Job class of your own says ``__river_schema__``; the
@@ -69,7 +80,8 @@ class FlaskRiver(Generic[J]):
     ``SQLA_RIVER_LOG_ARGS``     let the record of a failure carry the args, redacted fields masked; False
     ``SQLA_RIVER_LISTEN``       whether to LISTEN, or the engine to do it on; True
     ``SQLA_RIVER_MIDDLEWARE``   around every handler: a sequence of `WorkMiddleware`
-    ``SQLA_RIVER_ON_ERROR``     called with the job and the exception after each failed attempt, in an app context
+    ``SQLA_RIVER_ON_ERROR``     called with the job and the exception after each failed attempt, as jobs are with an app
+                                context and a session of its own
     ``SQLA_RIVER_ASYNC_ENGINE`` for async transactional handlers, whose AsyncSession is on it
     =========================== =====================================================================================
 
@@ -203,7 +215,7 @@ class FlaskRiver(Generic[J]):
         scoped = self._scoped(app)
         said |= {"river": self._river(app), "sessions": scoped, "around": _surroundings(app, scoped), **overrides}
         if said.get("on_error") is not None:
-            said["on_error"] = _in_context(app, said["on_error"])
+            said["on_error"] = _in_context(app, scoped, said["on_error"])
         return Runner(self.engine, self.workers, **said)
 
     def _app(self) -> Flask:
@@ -274,7 +286,12 @@ def _checked(key: str, value: Any) -> Any:
     if key in DURATIONS and not isinstance(given, timedelta | None):
         raise ConfigError(f"{key} must be a timedelta, got {value!r}")
     if key == QUEUES and not isinstance(given, Mapping):
-        raise ConfigError(f"{key} must be slots by queue, as in {{'default': 10}}, got {value!r}")
+        try:
+            return parse_slots(cast("str", given))
+        except (ValueError, AttributeError):
+            raise ConfigError(
+                f"{key} must be slots by queue, as in {{'default': 10}} or 'default=10', got {value!r}"
+            ) from None
     return value
 
 
@@ -304,20 +321,25 @@ def _job_in(schema: str) -> type[JobMixin]:
 
 
 def _surroundings(app: Flask, scoped: "scoped_session[Any]") -> Callable[[], AbstractContextManager[None]]:
+    scopes = JobScopes.of(scoped)
+
     @contextmanager
     def inside_of_the_app() -> Generator[None]:
         with app.app_context():
             try:
-                yield
+                with scopes.one():
+                    yield
             finally:
-                scoped.remove()
+                scoped.remove()  # what a retry policy, say, has opened in this thread, outside of any job
 
     return inside_of_the_app
 
 
-def _in_context(app: Flask, on_error: ErrorHandler) -> ErrorHandler:
+def _in_context(app: Flask, scoped: "scoped_session[Any]", on_error: ErrorHandler) -> ErrorHandler:
+    scopes = JobScopes.of(scoped)
+
     def asked(job: Any, error: BaseException) -> Any:
-        with app.app_context():
+        with app.app_context(), scopes.one():
             return on_error(job, error)
 
     return asked
