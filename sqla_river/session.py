@@ -27,7 +27,8 @@ def sync_session(session: Any) -> Session | Connection:
     if type(session).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(session, "sync_session"):
         raise AsyncSessionError(
             f"this verb is for a plain Session, got {type(session).__name__}; "
-            "write 'from sqla_river.asyncio import enqueue' and await it"
+            "write 'from sqla_river.asyncio import enqueue' and await it, or, where the River is your own, "
+            "import AsyncRiver from there and await AsyncRiver(river).enqueue(...)"
         )
     registry = getattr(session, "registry", None)
     if callable(registry):
