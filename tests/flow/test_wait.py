@@ -205,19 +205,28 @@ def test_a_job_that_this_process_finishes_is_known_without_a_look(
         assert len(ended) == 1
 
 
-def test_a_wait_whose_event_loop_is_closed_hurts_no_runner(engine: Engine) -> None:
+def test_a_wait_whose_event_loop_is_closed_hurts_no_runner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = threading.Event()
+
+    def pause(_: Look) -> float:
+        paused.set()
+        return 60.0
+
+    monkeypatch.setattr(Look, "pause", pause)
     (waited_for,) = put(engine, 1)
     loop = asyncio.new_event_loop()
-    waiting = loop.create_task(wait_for_async(create_async_engine(engine.url), waited_for))
-    while not _looked(engine):
+    loop.set_exception_handler(lambda *_: None)  # it is meant never to end
+    own = create_async_engine(engine.url)
+    waiting = loop.create_task(wait_for_async(own, waited_for))
+    while not paused.is_set():
         loop.run_until_complete(asyncio.sleep(0.005))
+    loop.run_until_complete(own.dispose())
     loop.close()
     with working(engine, nothing) as runner:
         eventually(is_state(engine, waited_for, "completed"))
         (other,) = put(engine, 2)
         eventually(is_state(engine, other, "completed"))
         assert runner.health().ready
-    waiting._log_destroy_pending = False  # type: ignore[attr-defined]  # it is meant never to end
     waiting.get_coro().close()
 
 
