@@ -215,7 +215,7 @@ def test_a_wait_whose_event_loop_is_closed_hurts_no_runner(engine: Engine, monke
     monkeypatch.setattr(Look, "pause", pause)
     (waited_for,) = put(engine, 1)
     loop = asyncio.new_event_loop()
-    loop.set_exception_handler(lambda *_: None)  # it is meant never to end
+    loop.set_exception_handler(lambda _loop, _what: None)  # of a wait that is meant never to end
     own = create_async_engine(engine.url)
     waiting = loop.create_task(wait_for_async(own, waited_for))
     while not paused.is_set():
