@@ -148,11 +148,13 @@ class River(JobVerbs[J]):
         """One page of the jobs that a ``select(Job)``, or a condition on it, chooses; all unless said.
 
         One round trip, along an index, however far the page: by a key, not by OFFSET. What the choice itself costs,
-        its conditions decide: the README tells which have an index.
+        its conditions decide: the README tells which have an index. As by any select, objects that a Session has
+        already are not loaded anew.
 
         Args:
             session: as for `enqueue`.
-            which: as for `cancel`; its own order and limit give way.
+            which: as for `cancel`; its own order, limit and offset give way. A job comes once, however often a join
+                brings it.
             by: ``"id"``; ``"scheduled_at"``, for jobs that wait for their time (scheduled, retryable; others are left
                 out); or ``"finalized_at"``, for finished ones, best of one state.
             descending: the newest, or latest, first.
