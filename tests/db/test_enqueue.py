@@ -11,7 +11,7 @@ import attrs
 import pytest
 import transaction
 import zope.sqlalchemy
-from sqlalchemy import Connection, Engine, MetaData, create_engine, event, func, make_url, select, text
+from sqlalchemy import Connection, Delete, Engine, MetaData, Update, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
@@ -22,11 +22,15 @@ from sqla_river import (
     JobMixin,
     JobState,
     River,
+    Unique,
     bulk,
+    cancel,
     create_all,
+    delete,
     enqueue,
     enqueue_many,
     insert,
+    list_jobs,
     store,
 )
 from sqla_river import asyncio as awaited
@@ -381,6 +385,20 @@ def test_a_session_on_a_connection_under_the_test_harness_leaves_nothing(engine:
     assert count(engine) == 0
 
 
+@pytest.mark.parametrize("expires", [HOUR, datetime(2040, 1, 1, tzinfo=UTC)], ids=str)
+@pytest.mark.parametrize("how", ["add", "merge", "bulk_save_objects"])
+def test_a_job_keeps_its_expiry_however_the_session_gets_it(
+    engine: Engine, how: str, expires: datetime | timedelta
+) -> None:
+    with Session(engine) as session, session.begin():
+        job = Job(Ping(1), expires=expires, metadata={"a": 1})
+        getattr(session, how)([job] if how == "bulk_save_objects" else job)
+
+    (row,) = stored(engine)
+    at = datetime.now(UTC) + expires if isinstance(expires, timedelta) else expires
+    assert row["metadata"] == {"a": 1, "sqla_river:expires_at": pytest.approx(at.timestamp(), abs=60)}
+
+
 def test_jobs_go_to_the_engine_that_the_job_class_is_bound_to(engine: Engine) -> None:
     sqlite = create_engine("sqlite://")
     with Session(binds={JobMixin: engine, DeclarativeBase: sqlite}) as session:
@@ -390,6 +408,32 @@ def test_jobs_go_to_the_engine_that_the_job_class_is_bound_to(engine: Engine) ->
 
     assert count(engine) == 2
     sqlite.dispose()
+
+
+def test_a_session_that_reads_elsewhere_writes_to_the_leader_and_looks_there(url: str, engine: Engine) -> None:
+    """SQLAlchemy's recipe of a get_bind, with a follower that refuses to write."""
+    follower = create_engine(url, connect_args={"options": "-c default_transaction_read_only=on"})
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Engine:
+            return engine if self._flushing or isinstance(clause, Update | Delete) else follower
+
+    with Routing() as session:
+        plain = enqueue(session, Ping(1))
+        enqueue_many(session, [Ping(2)])
+        unique = [enqueue(session, Ping(3), unique=Unique(by_args=True)) for _ in range(2)]
+        assert unique[0] is unique[1]
+        assert unique[0] in session
+        assert (unique[0].args, unique[0].inserted) == ({"n": 3}, False)
+        assert cancel(session, plain.id) is plain
+        assert plain.state == "cancelled"
+        assert delete(session, plain.id) is plain
+        assert plain not in session
+        session.commit()
+        assert len(list_jobs(session).jobs) == 2
+    follower.dispose()
+
+    assert [row["args"]["n"] for row in stored(engine)] == [2, 3]
 
 
 def test_two_phase_sessions(server: str, engine: Engine) -> None:
