@@ -1,6 +1,7 @@
 """The hands of an operator: verbs on jobs that are there already, part of the caller's transaction."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
 from datetime import datetime, timedelta
 from functools import partial
@@ -24,7 +25,7 @@ from sqla_river.errors import (
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.options import check_priority, check_when
 from sqla_river.rows import Heard, Place, place
-from sqla_river.session import AnySession, connect, load, mark_changed, sync_session
+from sqla_river.session import AnySession, connect, load, load_anew, mark_changed, sync_session
 from sqla_river.states import FINALIZED, JobState
 
 J = TypeVar("J", bound=JobMixin)
@@ -100,7 +101,8 @@ class JobVerbs(Generic[J]):
     One job: its row is waited for while another transaction has it, and the Job is returned as it stands then; two
     round trips. Many, by ``select(Job)...`` or a condition on Job: asked once for their ids, then 1,000 at a time in id
     order, one round trip each; rows that are locked elsewhere are left. Nothing is committed, and objects of a Session
-    show the change. Retry and reschedule set a savepoint (two more round trips), for a unique key may be taken by
+    show the change: many when they are next looked at, those of an AsyncSession, which cannot wait then, at once, for
+    one more round trip. Retry and reschedule set a savepoint (two more round trips), for a unique key may be taken by
     somebody else at that moment.
 
     Raises, each of them:
@@ -247,11 +249,7 @@ class JobVerbs(Generic[J]):
             work.finish(done, placed)
             changed.update(row.id for row in done)
             left |= work.reasons(rows, [job_id for job_id in ids if job_id not in rows])
-        plain = work.session
-        if isinstance(plain, Session):
-            for known in list(plain.identity_map.values()):
-                if isinstance(known, self.job_class) and inspect(known).identity[0] in changed:
-                    (plain.expunge if verb is _DELETE else plain.expire)(known)
+        work.show(changed)
         return Changed(len(changed), left)
 
 
@@ -261,6 +259,7 @@ class _Work:
     def __init__(self, verb: _Verb, session: AnySession, job_class: type[JobMixin], given: Mapping[str, Any]) -> None:
         self._verb = verb
         self._given = given
+        self._job_class = job_class
         self._notify: NotifyMode = job_class.__river__.notify
         self.session = sync_session(session)
         self.connection = connect(self.session, job_class)
@@ -295,6 +294,20 @@ class _Work:
         if placed is not None:
             heard = Heard.of((row.queue, placed) for row in done if row.now != "pending")
             notify.tell(self.connection, self._schema, heard, self._notify)
+
+    def show(self, changed: AbstractSet[int]) -> None:
+        """Have the objects of the Session show that those jobs were changed, or are gone."""
+        if not isinstance(self.session, Session):
+            return
+        ours = [each for each in list(self.session.identity_map.values()) if isinstance(each, self._job_class)]
+        known = {inspect(each).identity[0]: each for each in ours}
+        ids = sorted(known.keys() & changed)
+        if self.connection.dialect.is_async and self._verb is not _DELETE:  # where an expired one cannot be looked at
+            for start in range(0, len(ids), BATCH):
+                load_anew(self.session, ids[start : start + BATCH], self._job_class)
+            return
+        for job_id in ids:
+            (self.session.expunge if self._verb is _DELETE else self.session.expire)(known[job_id])
 
     def reasons(self, rows: Mapping[int, Any], missing: Sequence[int]) -> dict[int, str]:
         """Why jobs were left: those whose key is taken, and the *missing*, which are looked up."""

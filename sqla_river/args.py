@@ -3,6 +3,7 @@ pydantic models and msgspec Structs.
 """
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -29,6 +30,12 @@ else:
     _fast_dumps, _fast_loads = orjson.dumps, orjson.loads
 
 MAX_BYTES: Final = 1_048_576
+_compiling: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread compiles a class could compile none
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release
+    )
 
 
 class JobArgs(Protocol):
@@ -45,7 +52,7 @@ class Codec(Protocol):
     """Turns args into JSON and back. Both ways must be pure, quick and safe to call from many threads."""
 
     def encode(self, args: JobArgs) -> bytes:
-        """The UTF-8 JSON text of an object that jsonb takes.
+        """The UTF-8 JSON text of an object that jsonb takes; equal args are equal text, or two unique jobs.
 
         Raises:
             EncodeError: the args cannot be stored, or would not come back as they are.
@@ -96,8 +103,7 @@ def redacted(args_type: type[JobArgs]) -> frozenset[str]:
 
 
 def json_keys(args_type: type[JobArgs]) -> frozenset[str]:
-    """The outermost JSON keys of a class, as far as its fields say: none for one that is neither an attrs class nor a
-    dataclass.
+    """The outermost JSON keys of a class, as far as its fields say: none for one that only a codec of one's own knows.
 
     Raises:
         RegistrationError: as for `redacted`.
@@ -146,7 +152,6 @@ class CattrsCodec:
         self.converter = converter or cattrs.Converter()
         self._plans: dict[type, Plan] = {}
         self._quick: dict[type, Callable[[str | bytes], Any] | None] = {}
-        self._lock = threading.RLock()
 
     def encode(self, args: JobArgs) -> bytes:
         """*args* as the UTF-8 JSON text of an object.
@@ -225,7 +230,7 @@ class CattrsCodec:
 
     def plan(self, cls: type) -> Plan:
         """The compiled form of *cls*; raises `Mismatch` when it has none."""
-        with self._lock:
+        with _compiling:
             plan = self._plans.get(cls)
             if plan is None:
                 plan = self._plans[cls] = plan_for(cls, self.converter)

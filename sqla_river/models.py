@@ -4,7 +4,7 @@ import json
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Unpack, cast
 
 from sqlalchemy import Column, Connection, FromClause, MetaData, Table, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, MappedColumn, Mapper, declared_attr
@@ -18,6 +18,8 @@ from sqla_river.rows import Heard, InsertRow, expiring, place
 from sqla_river.statements import announcing
 from sqla_river.states import JobState
 from sqla_river.tables import RIVER, job_table, river_job
+
+_here: Final = partial(datetime.now, UTC)
 
 
 def _check_order(cls: type) -> None:
@@ -118,14 +120,15 @@ class JobMixin:
         self.priority = row.priority
         self.max_attempts = row.max_attempts
         self.tags = list(row.tags)
-        self.metadata_ = deepcopy(dict(row.metadata))
+        # The flush decides on expiry, state and time by the database's clock; this is what merge() and bulk saves copy.
+        self.metadata_ = deepcopy(expiring(row.metadata, row.expires, _here))
         self._expires = row.expires
         if row.pending:
             self.state = JobState.PENDING
         elif row.when is not None:
-            self.state = JobState.SCHEDULED  # the flush decides by the database's clock; this is what merge() copies
+            self.state = JobState.SCHEDULED
         if isinstance(row.when, timedelta):
-            self.scheduled_at = datetime.now(UTC) + row.when
+            self.scheduled_at = _here() + row.when
             self._delay = row.when, self.scheduled_at
         elif row.when is not None:
             self.scheduled_at = row.when

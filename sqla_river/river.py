@@ -100,8 +100,9 @@ class River(JobVerbs[J]):
         """Put a job into the caller's unit of work: it commits or vanishes with the rows it belongs to.
 
         Given a Session the job is pending in it, exactly as ``session.add(Job(args))`` would leave it: no round trip
-        here, ``id`` is None until the flush. Given a Core Connection it is inserted at once. Never commits, and opens
-        no savepoint.
+        here, ``id`` is None until the flush. Given a Core Connection it is inserted at once; so is a unique job on any
+        session, after a flush, for the database says whether it is new: in three round trips, four with a time. Never
+        commits, and opens no savepoint.
 
         Times are the database's: a timedelta counts from now() of the transaction, which is its start.
 
@@ -114,13 +115,15 @@ class River(JobVerbs[J]):
         Raises:
             EncodeError: args that their declared types, JSON or PostgreSQL refuse.
             InvalidOptionError: an option outside its rule.
+            UniqueRaceError: the holder of its unique key ended twice meanwhile, or this transaction cannot see it.
             AsyncSessionError: *session* is an AsyncSession.
             WrongDatabaseError: the session is not bound to PostgreSQL.
         """
         return insert.enqueue(session, args, said_in(options), self.job_class)
 
     def enqueue_many(self, session: AnySession, items: Items, *, returning: bool = False) -> Inserted:
-        """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, one round trip each.
+        """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, few round trips each: two for
+        a COPY (one INSERT on other drivers than psycopg 3), one for unique jobs, one to announce new queues.
 
         Pending rows of the Session are flushed first. A block is whole before any of it is sent, so *items* may be a
         generator that uses the same session; memory stays bounded however long it is. Nothing is committed.
@@ -148,11 +151,13 @@ class River(JobVerbs[J]):
         """One page of the jobs that a ``select(Job)``, or a condition on it, chooses; all unless said.
 
         One round trip, along an index, however far the page: by a key, not by OFFSET. What the choice itself costs,
-        its conditions decide: the README tells which have an index.
+        its conditions decide: the README tells which have an index. As by any select, objects that a Session has
+        already are not loaded anew.
 
         Args:
             session: as for `enqueue`.
-            which: as for `cancel`; its own order and limit give way.
+            which: as for `cancel`; its own order, limit and offset give way. A job comes once, however often a join
+                brings it.
             by: ``"id"``; ``"scheduled_at"``, for jobs that wait for their time (scheduled, retryable; others are left
                 out); or ``"finalized_at"``, for finished ones, best of one state.
             descending: the newest, or latest, first.
@@ -219,8 +224,8 @@ class River(JobVerbs[J]):
     def wait_for(self, session: AnySession | Engine, job_id: int, *, timeout: timedelta | None = None) -> J:
         """Wait until a job is completed, cancelled or discarded; the Job, detached, as it stands then.
 
-        It looks on connections of its own, first after 20 ms, then in pauses that double up to 500 ms; at once where
-        this very process finishes the job.
+        It looks on connections of its own: at once, after 20 ms, and then in pauses that double up to 500 ms; at once
+        too where this very process finishes the job.
 
         Args:
             session: a Session or Connection, or the Engine.

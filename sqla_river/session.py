@@ -1,9 +1,10 @@
 """The caller's session: which it is, where its jobs go, and what it is told of Core work."""
 
 import sys
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, Table, inspect, select, update
 from sqlalchemy.orm import Session, scoped_session
 
 from sqla_river import store
@@ -27,7 +28,8 @@ def sync_session(session: Any) -> Session | Connection:
     if type(session).__module__.startswith("sqlalchemy.ext.asyncio") or hasattr(session, "sync_session"):
         raise AsyncSessionError(
             f"this verb is for a plain Session, got {type(session).__name__}; "
-            "write 'from sqla_river.asyncio import enqueue' and await it"
+            "write 'from sqla_river.asyncio import enqueue' and await it, or, where the River is your own, "
+            "import AsyncRiver from there and await AsyncRiver(river).enqueue(...)"
         )
     registry = getattr(session, "registry", None)
     if callable(registry):
@@ -45,13 +47,16 @@ def check_bind(session: Session | Connection, job_class: type[JobMixin]) -> None
 
 
 def connect(session: Session | Connection, job_class: type[JobMixin]) -> Connection:
-    """The connection that jobs of *job_class* go to, in the caller's transaction; pending rows of a Session are
-    flushed first.
+    """The connection that jobs of *job_class* are written on, in the caller's transaction; pending rows of a Session
+    are flushed first.
     """
     if isinstance(session, Connection):
         return session
     session.flush()
-    return session.connection(bind_arguments={"mapper": inspect(job_class)})
+    # With a statement that writes, a get_bind that sends reads elsewhere gives the leader: SQLAlchemy's recipe looks at
+    # the clause, and knows UPDATE and DELETE only.
+    clause = update(cast("Table", job_class.__table__))
+    return session.connection(bind_arguments={"mapper": inspect(job_class), "clause": clause})
 
 
 def mark_changed(session: Session | Connection) -> None:
@@ -72,8 +77,29 @@ def load(session: Session | Connection, job_id: int, job_class: type[J], *, lock
             job = load(own, job_id, job_class, lock=lock)
             own.expunge(job)
             return job
+    if _routes(session):
+        return session.merge(load(connect(session, job_class), job_id, job_class, lock=lock), load=False)
     locked = {"of": job_class} if lock else None
     found = session.get(job_class, job_id, populate_existing=True, with_for_update=locked)
     if found is None:
         raise JobNotFoundError(job_id)
     return found
+
+
+def load_anew(session: Session, job_ids: Sequence[int], job_class: type[JobMixin]) -> None:
+    """Have the objects of *session* show how those jobs stand now. One round trip."""
+    chosen = select(job_class).where(job_class.id.in_(job_ids))
+    if not _routes(session):
+        session.scalars(chosen, execution_options={"populate_existing": True}).all()
+        return
+    with Session(bind=connect(session, job_class), join_transaction_mode="rollback_only") as own:
+        found = own.scalars(chosen).all()
+        own.expunge_all()
+    for job in found:
+        session.merge(job, load=False)
+
+
+def _routes(session: Session) -> bool:
+    """Whether a SELECT of *session* may go to another database than its writes, which it would not see there."""
+    get_bind: Any = type(session).get_bind
+    return get_bind is not Session.get_bind

@@ -1,8 +1,8 @@
 """Unique jobs: the key and the mask that River's unique index compares, byte for byte as River makes them.
 
-The text that is hashed is made of what Go's JSON encoder would write. Different from River, on purpose: the period is
-that of ``scheduled_at`` (River's client takes the time of the call, so jobs for tomorrow and today collide), and it is
-counted in UTC.
+The text that is hashed is made of what Go's JSON encoder would write: fields in the order of the class, the keys of
+mappings sorted, as the codec encodes both. Different from River, on purpose: the period is that of ``scheduled_at``
+(River's client takes the time of the call, so jobs for tomorrow and today collide), and it is counted in UTC.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, Final, cast
 
 import attrs
@@ -123,7 +124,7 @@ def _parsed(args: bytes) -> dict[str, Any]:
 
 
 def _sorted(args: bytes) -> str:
-    """All args, the outermost keys in order of their bytes; what is inside keeps its order."""
+    """All args, the outermost keys in order of their bytes; what is inside keeps the order in which it is encoded."""
     pairs = sorted(_parsed(args).items(), key=lambda pair: pair[0].encode())
     return "{" + ",".join(f'"{key}":{go_json(value)}' for key, value in pairs) + "}"
 
@@ -172,12 +173,10 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def _go_float(value: float) -> str:
-    """The shortest digits that give the number back, in exponent form only below 1e-6 and from 1e21."""
-    size = abs(value)
-    if size != 0 and (size < 1e-6 or size >= 1e21):  # noqa: PLR2004 - Go's own bounds
-        digits, exponent = repr(value).split("e") if "e" in repr(value) else f"{value:e}".split("e")
-        return f"{digits.removesuffix('.0')}e{int(exponent):+d}".replace("e+0", "e+").replace("e-0", "e-")
-    text = repr(value)
-    if "e" in text:  # Python turns to exponents at 1e16
-        text = f"{int(value)}" if value.is_integer() else f"{value:f}".rstrip("0")
-    return text.removesuffix(".0")
+    """The shortest digits that give the number back, which are those of repr; in exponent form only below 1e-6 and from
+    1e21, where repr, which turns to exponents below 1e-4 and from 1e16, has it too.
+    """
+    digits, _, exponent = repr(value).partition("e")
+    if not exponent or 1e-6 <= abs(value) < 1e21:  # noqa: PLR2004 - Go's own bounds
+        return f"{Decimal(repr(value)):f}".removesuffix(".0")
+    return f"{digits}e{int(exponent):+d}"

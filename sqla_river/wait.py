@@ -1,8 +1,10 @@
 """Waiting until a job is finished."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Final, Self, TypeVar
 
@@ -21,16 +23,21 @@ FIRST_LOOK: Final = 0.02
 LONGEST_PAUSE: Final = 0.5
 
 _waiting: dict[int, list[Callable[[], object]]] = {}
-_lock: Final = threading.Lock()
+# Reentrant: the garbage collector ends the waits of a loop that is gone, maybe in a thread that holds it already.
+_lock: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could never wait, nor finish
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def finished_here(job_ids: Iterable[int]) -> None:
-    """Wake whoever waits in this process for one of *job_ids*. Next to nothing if nobody does."""
+    """Wake whoever waits in this process for one of *job_ids*; raises nothing. Next to nothing if nobody does."""
     if _waiting:
         with _lock:
-            for job_id in job_ids:
-                for told in _waiting.get(job_id, ()):
-                    told()
+            told = [finished for job_id in job_ids for finished in _waiting.get(job_id, ())]
+        for finished in told:
+            with suppress(Exception):  # a runner calls this: who cannot be told must not keep it from its other jobs
+                finished()
 
 
 class Look:
@@ -73,7 +80,7 @@ class Look:
 
     def __exit__(self, *_: object) -> None:
         with _lock:
-            others = [told for told in _waiting[self.job_id] if told is not self._finished]
+            others = [finished for finished in _waiting[self.job_id] if finished is not self._finished]
             if others:
                 _waiting[self.job_id] = others
             else:
@@ -81,8 +88,8 @@ class Look:
 
 
 def engine_of(session: Any, job_id: int, job_class: type[JobMixin]) -> Engine:
-    """The engine to look on; raises at once for a job that the session has not committed, which nobody else could ever
-    finish.
+    """The engine to look on, with the translate map of the session's connection; raises at once for a job that the
+    session has not committed, which nobody else could ever finish.
     """
     if isinstance(session, Engine):
         return session
@@ -93,7 +100,8 @@ def engine_of(session: Any, job_id: int, job_class: type[JobMixin]) -> Engine:
             seen = store.execute(other, schema, SELECT_STATES, {"p_ids": [job_id]}).one_or_none()
         if seen is None:
             raise UncommittedJobError(job_id)
-    return connection.engine
+    theirs = connection.get_execution_options().get("schema_translate_map")
+    return connection.engine.execution_options(schema_translate_map=theirs) if theirs else connection.engine
 
 
 def wait_for(

@@ -18,7 +18,7 @@ def array(
         if not isinstance(value, accepts):
             raise wrong(name, value)
         out = _each(encode_item, cast("Iterable[Any]", value))
-        return out if ordered else sorted(out, key=_order)
+        return out if ordered else sorted(out, key=set_order)
 
     def decode(value: Any) -> Any:
         if not is_list(value):
@@ -40,7 +40,8 @@ def _each(turn: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     return out
 
 
-def _order(image: Any) -> tuple[str, Any]:
+def set_order(image: Any) -> tuple[str, Any]:
+    """By what to sort the JSON of a set's items, of whatever types."""
     return type(image).__name__, image if type(image) in {str, int, float} else repr(image)
 
 
@@ -88,7 +89,7 @@ def mapping(key: Shape, item: Shape) -> Shape:
     def encode(value: Any) -> dict[str, Any]:
         if not is_dict(value):
             raise wrong(name, value)
-        return _entries(value, key_in, encode_item)
+        return dict(sorted(_entries(value, key_in, encode_item).items()))
 
     def decode(value: Any) -> dict[Any, Any]:
         if not is_dict(value):

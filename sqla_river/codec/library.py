@@ -5,11 +5,14 @@ Neither library is imported from here: a class of theirs exists only where they 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any, Final, cast
 
 from sqla_river.codec import plain
-from sqla_river.codec.fields import fields_of, is_model, is_secret, is_struct, redacted_keys
+from sqla_river.codec.containers import set_order
+from sqla_river.codec.fields import declares_fields, fields_of, is_model, is_secret, is_struct, redacted_keys
 from sqla_river.codec.plan import Plan
 from sqla_river.codec.shapes import Mismatch, is_dict, is_list, key_name, shown, type_name
 
@@ -27,12 +30,13 @@ def library_plan(cls: type) -> Plan | None:
     else:
         return None
     name = shown(cls.__name__)
+    in_order = _Order().of
 
     def encode(args: Any) -> Any:
         tree = dump(args)
         if not is_dict(tree):
             raise Mismatch(f"{name} is no object in JSON but {type_name(tree)}; hold it in a field of another class")
-        return plain.plain(tree)
+        return in_order(args, plain.plain(tree))
 
     def check(sent: Any, back: Any) -> None:
         if sent != back:
@@ -127,6 +131,59 @@ def _located(message: str) -> Mismatch:
     for name, index in reversed(_PART.findall(at[1]) if at else []):
         refusal.parts.append(name or (int(index) if index.isdigit() else index))
     return refusal
+
+
+# ---- the order of keys ------------------------------------------------------------------
+
+
+class _Order:
+    """Sees to it that equal args are equal bytes, for of those unique keys are made."""
+
+    def __init__(self) -> None:
+        self._attributes: dict[type, Mapping[str, str] | None] = {}
+
+    def of(self, value: Any, tree: Any) -> Any:
+        """*tree*, which *value* was dumped as: fields in the order of their class; sorted are keys that are no fields,
+        and the items of sets.
+        """
+        if is_dict(tree):
+            names = self._named(_class_of(value))
+            if names is not None:
+                is_root = getattr(value, "__pydantic_root_model__", False)
+                return self.of(value.root, tree) if is_root else self._of_fields(value, tree, names)
+            inner = _by_text(value) if isinstance(value, Mapping) else {}
+            return {key: self.of(inner.get(key), tree[key]) for key in sorted(tree)}
+        if is_list(tree):
+            of_set = isinstance(value, AbstractSet)
+            known = of_set or isinstance(value, list | tuple)
+            held = list(cast("Iterable[Any]", value)) if known else []
+            items = list(map(self.of, held if len(held) == len(tree) else [None] * len(tree), tree))
+            return sorted(items, key=set_order) if of_set else items
+        return tree
+
+    def _of_fields(self, value: Any, tree: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        ordered: dict[str, Any] = {}
+        # What a model takes beside its fields comes in the order in which it was given.
+        extra: Mapping[str, Any] = getattr(value, "__pydantic_extra__", None) or {}
+        for key in sorted(tree, key=lambda key: (key in extra, key if key in extra else "")) if extra else tree:
+            if isinstance(node := tree[key], dict | list):
+                node = self.of(extra[key] if key in extra else getattr(value, names.get(key, ""), None), node)
+            ordered[key] = node
+        return ordered
+
+    def _named(self, cls: type) -> Mapping[str, str] | None:
+        """The attribute of each JSON key of *cls*; None for a class without fields."""
+        if cls not in self._attributes:
+            names: dict[str, str] | None = {} if declares_fields(cls) else None
+            if names is not None:
+                with suppress(TypeError):  # a class that stands in no annotation, with one of its own not resolved
+                    names = {field.key: field.name for field in fields_of(cls)}
+            self._attributes[cls] = names
+        return self._attributes[cls]
+
+
+def _by_text(value: Any) -> dict[str, Any]:
+    return {key if isinstance(key, str) else str(key): item for key, item in value.items()}
 
 
 # ---- reading back -----------------------------------------------------------------------

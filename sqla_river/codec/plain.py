@@ -30,7 +30,7 @@ def text(value: str) -> str:
 
 
 def plain(value: Any, room: int = MAX_DEPTH) -> Any:
-    """A copy of *value*, if it is JSON that PostgreSQL stores and gives back as it was: the encoding of ``Any``."""
+    """A copy of *value*, if it is JSON that PostgreSQL stores and gives back as it was."""
     if value is None or value is True or value is False:
         return value
     if isinstance(value, Enum):
@@ -88,6 +88,13 @@ def _plain_key(key: Any) -> str:
         raise Mismatch(f"key: {error.reason}") from None
 
 
+def by_key(tree: Any) -> Any:
+    """*tree* with the keys of its objects in order: equal ones are equal bytes, those that Go writes for a map."""
+    if is_dict(tree):
+        return {key: by_key(tree[key]) for key in sorted(tree)}
+    return [by_key(node) for node in tree] if is_list(tree) else tree
+
+
 def check_depth(tree: object) -> None:
     """Refuse JSON with more than `MAX_DEPTH` levels, without a recursion of our own."""
     level: list[Any] = [tree]
@@ -103,7 +110,7 @@ def check_depth(tree: object) -> None:
 
 ANY: Final = Shape(
     "Any",
-    plain,
+    lambda value: by_key(plain(value)),
     lambda value: value,
     frozenset({NoneType, bool, int, float, str, list, dict}),
     decode_as_is="True",

@@ -148,7 +148,7 @@ class _Compiler:
                 raise Mismatch(f"type {name} has no unstructure hook; give CattrsCodec a converter with one")
             if image is None:
                 raise Mismatch(f"the unstructure hook of {name} gave None, which is how None itself looks")
-            return plain.plain(image)
+            return plain.by_key(plain.plain(image))
 
         def decode(value: Any) -> Any:
             try:

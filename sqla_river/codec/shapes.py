@@ -13,7 +13,7 @@ bytes                  text: base64 with padding, what Go writes for ``[]byte``
 Enum, Literal          the value
 list, tuple            array
 set, frozenset         array, sorted, so that equal args are equal bytes
-dict                   object; keys may be of any type whose JSON is text or an int
+dict                   object, sorted by key, as Go writes a map; keys may be of any type whose JSON is text or an int
 Any, object            passed through: None, bool, int, float, str, list, dict
 =====================  ==========================================================================================
 

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 import pytest
 import transaction
 import zope.sqlalchemy
-from sqlalchemy import Engine, create_engine, event, select, text
+from sqlalchemy import Engine, Select, create_engine, event, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session, aliased, scoped_session, sessionmaker
 
@@ -335,6 +335,32 @@ def test_awaited(engine: Engine, driver: str) -> None:
 
     asyncio.run(run())
     assert [(row["id"], row["state"]) for row in read_jobs(engine)] == [(ids[0], "available")]
+
+
+@pytest.mark.parametrize("routing", [False, True])
+def test_objects_of_an_async_session_show_at_once_what_was_done_to_many(engine: Engine, routing: bool) -> None:
+    ids = make_jobs(engine, 3)
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Any:
+            return leader.sync_engine if self._flushing or not isinstance(clause, Select) else follower.sync_engine
+
+    async def run() -> list[Any]:
+        async with AsyncSession(leader, sync_session_class=Routing if routing else Session) as session:
+            jobs = (await session.scalars(select(Job).order_by(Job.id))).all()
+            jobs[0].queue = "changed"
+            assert (await awaited.cancel(session, Job.id < ids[2])).count == 2
+            assert (await awaited.delete(session, Job.id == ids[2])).count == 1
+            seen = [(job.state, job.queue, job in session) for job in jobs]
+            await session.rollback()
+        await leader.dispose()
+        await follower.dispose()
+        return seen
+
+    leader, follower = create_async_engine(engine.url), create_async_engine(engine.url)
+    seen = asyncio.run(run())
+
+    assert seen == [("cancelled", "changed", True), ("cancelled", "default", True), ("available", "default", False)]
 
 
 def test_in_a_schema_of_its_own_it_is_the_same(empty_url: str) -> None:

@@ -5,18 +5,34 @@ import gc
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import attrs
 import pytest
 import transaction
 import zope.sqlalchemy
-from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select, text
+from sqlalchemy import Connection, Delete, Engine, MetaData, Update, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
-from sqla_river import InsertOptions, Job, JobMixin, JobState, River, bulk, enqueue, enqueue_many, insert, store
+from sqla_river import (
+    InsertOptions,
+    Job,
+    JobMixin,
+    JobState,
+    River,
+    Unique,
+    bulk,
+    cancel,
+    create_all,
+    delete,
+    enqueue,
+    enqueue_many,
+    insert,
+    list_jobs,
+    store,
+)
 from sqla_river import asyncio as awaited
 from sqla_river.args import JobArgs
 from sqla_river.errors import (
@@ -27,9 +43,12 @@ from sqla_river.errors import (
     SessionError,
     WrongDatabaseError,
 )
+from sqla_river.models import RiverBase
 from sqla_river.options import OptionWords
 from tests.database import emptied, shared_database, statements_of
 from tests.jobs import Ping, SendSMS
+
+T = TypeVar("T")
 
 
 class Odd:
@@ -366,6 +385,20 @@ def test_a_session_on_a_connection_under_the_test_harness_leaves_nothing(engine:
     assert count(engine) == 0
 
 
+@pytest.mark.parametrize("expires", [HOUR, datetime(2040, 1, 1, tzinfo=UTC)], ids=str)
+@pytest.mark.parametrize("how", ["add", "merge", "bulk_save_objects"])
+def test_a_job_keeps_its_expiry_however_the_session_gets_it(
+    engine: Engine, how: str, expires: datetime | timedelta
+) -> None:
+    with Session(engine) as session, session.begin():
+        job = Job(Ping(1), expires=expires, metadata={"a": 1})
+        getattr(session, how)([job] if how == "bulk_save_objects" else job)
+
+    (row,) = stored(engine)
+    at = datetime.now(UTC) + expires if isinstance(expires, timedelta) else expires
+    assert row["metadata"] == {"a": 1, "sqla_river:expires_at": pytest.approx(at.timestamp(), abs=60)}
+
+
 def test_jobs_go_to_the_engine_that_the_job_class_is_bound_to(engine: Engine) -> None:
     sqlite = create_engine("sqlite://")
     with Session(binds={JobMixin: engine, DeclarativeBase: sqlite}) as session:
@@ -375,6 +408,32 @@ def test_jobs_go_to_the_engine_that_the_job_class_is_bound_to(engine: Engine) ->
 
     assert count(engine) == 2
     sqlite.dispose()
+
+
+def test_a_session_that_reads_elsewhere_writes_to_the_leader_and_looks_there(url: str, engine: Engine) -> None:
+    """SQLAlchemy's recipe of a get_bind, with a follower that refuses to write."""
+    follower = create_engine(url, connect_args={"options": "-c default_transaction_read_only=on"})
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> Engine:
+            return engine if self._flushing or isinstance(clause, Update | Delete) else follower
+
+    with Routing() as session:
+        plain = enqueue(session, Ping(1))
+        enqueue_many(session, [Ping(2)])
+        unique = [enqueue(session, Ping(3), unique=Unique(by_args=True)) for _ in range(2)]
+        assert unique[0] is unique[1]
+        assert unique[0] in session
+        assert (unique[0].args, unique[0].inserted) == ({"n": 3}, False)
+        assert cancel(session, plain.id) is plain
+        assert plain.state == "cancelled"
+        assert delete(session, plain.id) is plain
+        assert plain not in session
+        session.commit()
+        assert len(list_jobs(session).jobs) == 2
+    follower.dispose()
+
+    assert [row["args"]["n"] for row in stored(engine)] == [2, 3]
 
 
 def test_two_phase_sessions(server: str, engine: Engine) -> None:
@@ -437,16 +496,17 @@ def test_under_zope_the_transaction_manager_decides(engine: Engine, how: str) ->
 # ---- awaited ---------------------------------------------------------------------------------------------------------
 
 
-def run(url: str, driver: str, work: Callable[[Any], Awaitable[None]]) -> None:
-    async def go() -> None:
+def run(url: str, driver: str, work: Callable[[Any], Awaitable[T]]) -> T:
+    async def go() -> T:
         engine = create_async_engine(make_url(url).set(drivername=f"postgresql+{driver}"))
         try:
-            await work(engine)
+            return await work(engine)
         finally:
             await engine.dispose()
 
-    asyncio.run(go())
+    done = asyncio.run(go())
     gc.collect()
+    return done
 
 
 drivers = pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
@@ -537,7 +597,7 @@ def test_the_plain_verbs_refuse_async_sessions_and_the_awaited_ones_plain_ones(u
         async with Mine(async_engine) as session, async_engine.connect() as connection:
             refused: list[Any] = [session, scoped, connection, async_engine]
             for wrong in refused:
-                with pytest.raises(AsyncSessionError, match=r"from sqla_river\.asyncio import enqueue"):
+                with pytest.raises(AsyncSessionError, match=r"from sqla_river\.asyncio import enqueue.* AsyncRiver\("):
                     enqueue(wrong, Ping(1))
                 with pytest.raises(AsyncSessionError):
                     enqueue_many(wrong, [Ping(1)])
@@ -886,6 +946,34 @@ def test_many_of_a_class_of_ones_own(engine: Engine) -> None:
         assert isinstance(job, Mine)
         assert not any("pg_notify" in statement for statement in seen)
     assert [row["queue"] for row in stored(engine)] == ["mine", "mine"]
+
+
+def test_a_river_of_ones_own_has_its_verbs_awaited_too(empty_url: str) -> None:
+    class Mine(JobMixin, RiverBase):
+        metadata = MetaData()
+        __river_schema__ = "jobs"
+
+    own = create_engine(empty_url)
+    create_all(own)
+    create_all(own, "jobs")
+    river = awaited.AsyncRiver(River(job_class=Mine, defaults=InsertOptions(queue="mine")))
+
+    async def work(async_engine: Any) -> tuple[Any, ...]:
+        async with AsyncSession(async_engine, expire_on_commit=False) as session:
+            job = await river.enqueue(session, Ping(1))
+            await session.commit()
+            cancelled = await river.cancel(session, job.id)
+            await session.commit()
+            listed = (await river.list_jobs(session)).jobs
+            return job, cancelled, *listed, await river.wait_for(session, job.id)
+
+    found = run(empty_url, "psycopg", work)
+
+    assert [type(job) for job in found] == [Mine] * 4
+    assert [(job.queue, job.state) for job in found] == [("mine", "cancelled")] * 4
+    with own.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM river_job")) == 0
+    own.dispose()
 
 
 def test_what_is_remembered_of_a_transaction_goes_with_it(engine: Engine) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import pytest
-from sqlalchemy import Engine, Select, create_engine, event, select, text
+from sqlalchemy import Engine, Select, create_engine, event, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -80,13 +80,57 @@ def test_a_last_page_that_is_full_says_that_there_are_no_more(engine: Engine) ->
     assert first.after is not None
 
 
-def test_the_order_and_limit_of_the_choice_give_way_and_its_joins_stay(engine: Engine) -> None:
+def pages_of(session: Session, which: Any, limit: int = 2, **words: Any) -> Iterator[list[int]]:
+    """The ids of page after page."""
+    after: str | None = None
+    while True:
+        found = list_jobs(session, which, limit=limit, after=after, **words)
+        yield [job.id for job in found.jobs]
+        if (after := found.after) is None:
+            return
+
+
+@pytest.mark.parametrize("given", [{"limit": 1}, {"offset": 2}, {"fetch": 1}, {"limit": 1, "offset": 1}], ids=str)
+def test_the_order_limit_and_offset_of_the_choice_give_way_and_its_joins_stay(
+    engine: Engine, given: dict[str, int]
+) -> None:
     make_jobs(engine, 3, queue="mail")
     make_job(engine)
     names = select(Job.queue).where(Job.queue == "mail").distinct().subquery()
-    which = select(Job).join(names, names.c.queue == Job.queue).order_by(Job.id).limit(1).offset(2)
+    which = select(Job).join(names, names.c.queue == Job.queue).order_by(Job.id)
+    plain = select(Job).where(Job.queue == "mail").order_by(Job.id)
+    for name, count in given.items():
+        which, plain = getattr(which, name)(count), getattr(plain, name)(count)
     with Session(engine) as session:
-        assert [job.id for job in list_jobs(session, which.offset(None)).jobs] == [3, 2, 1]
+        assert list(pages_of(session, which)) == list(pages_of(session, plain)) == [[3, 2], [1]]
+
+
+@pytest.mark.parametrize("by", ORDERS)
+def test_a_job_comes_once_however_often_a_join_brings_it(engine: Engine, by: Order) -> None:
+    state = J.COMPLETED if by == "finalized_at" else J.SCHEDULED
+    make_jobs(engine, 5, state=state)
+    times = func.generate_series(1, 3).table_valued("n").render_derived()
+    several = times.c.n < Job.id + 2
+    joined = select(Job).join(times, several)
+    with Session(engine) as session:
+        for which in (joined, joined.add_columns(times.c.n), select(Job).where(several), joined.distinct()):
+            assert list(pages_of(session, which, by=by)) == [[5, 4], [3, 2], [1]]
+        often = joined.group_by(Job.id).having(func.count() > 1)
+        assert list(pages_of(session, often, by=by, limit=3)) == [[5, 4, 3], [2, 1]]
+
+
+def test_pages_go_on_where_they_ended_beside_stale_and_changed_objects(engine: Engine) -> None:
+    make_jobs(engine, 5, state=J.RUNNING)
+    with Session(engine, autoflush=False) as session:
+        held = session.scalars(select(Job).order_by(Job.id)).all()
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE river_job SET state = 'completed', finalized_at = now()"))
+        held[3].queue = "changed"
+        found = list(pages_of(session, Job.state == J.COMPLETED, by="finalized_at"))
+
+        assert found == [[5, 4], [3, 2], [1]]
+        assert held[3] in session.dirty
+        assert held[3].queue == "changed"
 
 
 @pytest.mark.parametrize(

@@ -134,15 +134,27 @@ class Omitting(JobMixin, RiverBase):
 RIVER: Final[River[Any]] = River(job_class=Omitting, codec=OmitEmpty())
 
 
+@attrs.frozen
+class Struct:
+    """A struct of Go's: its fields keep their order, where the keys of a map are sorted."""
+
+    z: int
+    a: int
+
+
 def args_of(vector: dict[str, Any]) -> Any:
     """The args that River was given, as a class of ours."""
     given = json.loads(vector["encoded_args"])
+    if vector["name"] == "struct_types":
+        given["i"] = Struct(**given["i"])
     if vector["name"] in MARKED:
         return Nested(Customer(**given["customer"]), given["n"]) if "customer" in given else Omit(None, **given)
     anything: Any = Any
     named: dict[str, Any] = {
-        f"field_{number}": attrs.field(type=anything, metadata={"sqla_river": {"name": key}})
-        for number, key in enumerate(given)
+        f"field_{number}": attrs.field(
+            type=Struct if isinstance(value, Struct) else anything, metadata={"sqla_river": {"name": key}}
+        )
+        for number, (key, value) in enumerate(given.items())
     }
     return attrs.make_class("Args", named, class_body={"kind": vector["kind"]})(*given.values())
 
@@ -166,6 +178,26 @@ def test_the_key_that_is_stored_is_that_of_river(engine: Engine, vector: dict[st
         assert row.all() == [(vector["kind"], *expected)]
     assert new == [True, False]
     assert (many.count, many.skipped, many.ids) == (0, 2, [None, None])
+
+
+@attrs.frozen
+class Mapped:
+    kind: ClassVar[str] = "mapped"
+    numbers: dict[str, float]
+    anything: Any
+
+
+def test_equal_args_are_one_job_and_different_ones_are_not(engine: Engine) -> None:
+    given = [
+        Mapped({"a": 1.2345e-5, "b": 1}, [{"c": 1, "d": {"e": 1, "f": 2}}]),
+        Mapped({"b": 1, "a": 1.2345e-5}, [{"d": {"f": 2, "e": 1}, "c": 1}]),
+        Mapped({"a": 1.2399e-5, "b": 1}, [{"c": 1, "d": {"e": 1, "f": 2}}]),
+    ]
+    with Session(engine) as session, session.begin():
+        jobs = [enqueue(session, args, unique=BY_ARGS) for args in given]
+
+    assert given[0] == given[1]
+    assert [job is jobs[0] for job in jobs] == [True, True, False]
 
 
 @attrs.frozen

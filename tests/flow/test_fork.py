@@ -71,6 +71,55 @@ _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status), announced, put(3) == theirs, runner.id is not None)
 runner.stop()
 """
+LOCKED: Final = """
+import os, signal, sys, threading, time, warnings
+from ipaddress import IPv4Address
+from typing import ClassVar
+import attrs, cattrs
+from sqla_river.args import CattrsCodec
+from sqla_river.wait import Look, finished_here
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, as this one is
+within = threading.Barrier(2)
+
+def slow():
+    within.wait()
+    time.sleep(0.5)
+
+class Slow(cattrs.Converter):
+    def get_structure_hook(self, cls, *rest):
+        slow()
+        return super().get_structure_hook(cls, *rest)
+
+@attrs.frozen
+class First:
+    kind: ClassVar[str] = "first"
+    address: IPv4Address | None = None
+
+@attrs.frozen
+class Second:
+    kind: ClassVar[str] = "second"
+
+codec = CattrsCodec(converter=Slow())
+codec.converter.register_unstructure_hook(IPv4Address, str)
+
+def tell():
+    with Look(1, None, int):
+        finished_here(slow() for _ in range(1))
+
+held = {"compiles": lambda: codec.encode(First()), "tells": tell}[sys.argv[1]]
+threading.Thread(target=held, daemon=True).start()
+within.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    heard = threading.Event()
+    with Look(2, None, heard.set):
+        finished_here([2])
+    assert heard.is_set() and codec.encode(Second()) == b"{}"
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 APP: Final = """
 import json, os
 from sqlalchemy import create_engine, text
@@ -120,6 +169,15 @@ def url(server: str, template: str) -> Iterator[str]:
 @pytest.fixture
 def engine(url: str) -> Iterator[Engine]:
     yield from emptied(url)
+
+
+@pytest.mark.parametrize("held", ["compiles", "tells"])
+def test_a_child_forked_while_another_thread_compiles_args_or_tells_of_an_end_can_do_both(held: str) -> None:
+    command = [sys.executable, "-c", LOCKED, held]
+
+    ended = subprocess.run(command, env=environment({}), capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.stdout == "0\n", ended.stderr
 
 
 def test_a_forked_child_may_enqueue_and_its_parents_runner_goes_on(url: str, engine: Engine) -> None:

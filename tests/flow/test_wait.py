@@ -12,12 +12,14 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqla_river import Job, enqueue, wait_for
+from sqla_river import Job, create_all, enqueue, wait_for
+from sqla_river.asyncio import enqueue as enqueue_async
 from sqla_river.asyncio import wait_for as wait_for_async
 from sqla_river.errors import AsyncSessionError, JobNotFoundError, UncommittedJobError, WaitTimeoutError
+from sqla_river.wait import Look, finished_here
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, eventually, make_job, read_job
-from tests.working import put, working
+from tests.working import is_state, nothing, put, working
 
 SOON = timedelta(seconds=0.2)
 LONG = timedelta(seconds=10)
@@ -174,8 +176,6 @@ def test_an_uncommitted_job_of_its_own_session_raises_at_once(engine: Engine) ->
 
 
 def test_an_uncommitted_job_of_its_own_async_session_raises_at_once(engine: Engine) -> None:
-    from sqla_river.asyncio import enqueue as enqueue_async
-
     async def wait(own: Any) -> Job:
         async with AsyncSession(own) as session:
             job = await enqueue_async(session, Count())
@@ -203,6 +203,89 @@ def test_a_job_that_this_process_finishes_is_known_without_a_look(
             gate.open()
             waiting.join(10)
         assert len(ended) == 1
+
+
+def test_a_wait_whose_event_loop_is_closed_hurts_no_runner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = threading.Event()
+
+    def pause(_: Look) -> float:
+        paused.set()
+        return 60.0
+
+    monkeypatch.setattr(Look, "pause", pause)
+    (waited_for,) = put(engine, 1)
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda _loop, _what: None)  # of a wait that is meant never to end
+    own = create_async_engine(engine.url)
+    waiting = loop.create_task(wait_for_async(own, waited_for))
+    while not paused.is_set():
+        loop.run_until_complete(asyncio.sleep(0.005))
+    loop.run_until_complete(own.dispose())
+    loop.close()
+    with working(engine, nothing) as runner:
+        eventually(is_state(engine, waited_for, "completed"))
+        (other,) = put(engine, 2)
+        eventually(is_state(engine, other, "completed"))
+        assert runner.health().ready
+    waiting.get_coro().close()
+
+
+def test_one_that_cannot_be_told_keeps_no_other_from_hearing() -> None:
+    heard = threading.Event()
+
+    def fails() -> None:
+        raise ValueError
+
+    with Look(1, None, fails), Look(1, None, heard.set):
+        finished_here([1])
+
+    assert heard.is_set()
+
+
+def test_a_wait_may_end_in_the_thread_that_tells_another() -> None:
+    """As the garbage collector ends one whose loop is gone: anywhere, so also between two of its steps."""
+    heard = threading.Event()
+    abandoned = Look(1, None, lambda: None)
+
+    def ids() -> Iterator[int]:
+        abandoned.__exit__()
+        yield 2
+
+    def tells() -> None:
+        abandoned.__enter__()
+        with Look(2, None, heard.set):
+            finished_here(ids())
+
+    threading.Thread(target=tells, daemon=True).start()
+
+    assert heard.wait(10)
+
+
+@pytest.mark.parametrize("mapped", ["engine", "connection"])
+def test_a_connection_with_a_map_waits_for_the_job_of_its_schema(empty_url: str, mapped: str) -> None:
+    plain = create_engine(empty_url)
+    create_all(plain)
+    create_all(plain, "jobs")
+    options: Any = {"schema_translate_map": {None: "jobs"}}
+    own = plain.execution_options(**options) if mapped == "engine" else plain
+    with own.connect() as connection:
+        if mapped == "connection":
+            connection.execution_options(**options)
+        job = enqueue(connection, Count(7))
+        connection.execute(text("UPDATE jobs.river_job SET state = 'completed', finalized_at = now()"))
+        connection.commit()
+        assert wait_for(connection, job.id, timeout=LONG).args == {"number": 7}
+
+    async def run() -> Job:
+        engine = create_async_engine(empty_url)
+        async with engine.connect() as found:
+            mapped_too = await found.execution_options(**options)
+            waited = await wait_for_async(mapped_too, job.id, timeout=LONG)
+        await engine.dispose()
+        return waited
+
+    assert asyncio.run(run()).args == {"number": 7}
+    plain.dispose()
 
 
 def test_a_plain_wait_refuses_an_async_session(engine: Engine) -> None:

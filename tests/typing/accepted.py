@@ -165,6 +165,13 @@ async def async_verbs(
     assert_type(await awaited.change_priority(session, select(Job), priority=1), Changed)
     assert_type(await awaited.list_jobs(session, limit=1), Page[Job])
     assert_type(await awaited.enqueue_many(connection, [Attrs(1)], returning=True), Inserted)
+    mine = awaited.AsyncRiver(River(job_class=Mine))
+    assert_type(await mine.enqueue(session, Attrs(1), priority=2), Mine)
+    assert_type(await mine.cancel(session, 1), Mine)
+    assert_type(await mine.cancel(scoped, Mine.id > 1), Changed)
+    assert_type(await mine.reschedule(session, 1, scheduled_at=timedelta(0)), Mine)
+    assert_type(await mine.list_jobs(connection), Page[Mine])
+    assert_type(await mine.wait_for(session, 1), Mine)
 
 
 def in_flask(app: Flask) -> None:

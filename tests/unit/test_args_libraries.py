@@ -4,9 +4,11 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final
 from uuid import UUID
 
 import msgspec
@@ -395,6 +397,71 @@ def test_a_struct_without_equality_is_compared_field_by_field() -> None:
 
 
 # ---- both -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inner:
+    b: Any
+    a: Any
+
+
+class Holding(pydantic.BaseModel, extra="allow"):
+    kind: ClassVar[str] = "holding"
+    z: Any = None
+    model: "Holding | None" = pydantic.Field(default=None, serialization_alias="other", validation_alias="other")
+    tags: set[str] = set()
+    by_number: dict[int, set[str]] = {}
+    rows: list[Inner] = []
+    rooted: pydantic.RootModel[dict[str, int]] | None = None
+
+
+class Held(msgspec.Struct, tag="held", rename="camel"):
+    kind: ClassVar[str] = "held"
+    z: Any = None
+    other_one: "Held | None" = None
+    tags: set[str] = set()
+    by_number: dict[int, set[str]] = {}
+    rows: list[Inner] = []
+
+
+WORDS: Final = ("ape", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
+
+
+def test_equal_models_are_equal_bytes_and_their_fields_keep_their_order() -> None:
+    def made(words: Sequence[str]) -> Holding:
+        mapping = dict.fromkeys(words, 1)
+        given: Any = {word: {"n": mapping} for word in words}
+        inner = Inner(mapping, 1)
+        tags: Any = {9: words, 10: ()} if words[0] == "ape" else {10: (), 9: words}
+        one: Any = {"z": [mapping], "tags": words, "by_number": tags, "rows": [inner], "rooted": mapping, **given}
+        return Holding(other=Holding(**one))  # type: ignore[call-arg]
+
+    one, other = made(WORDS), made(WORDS[::-1])
+    assert one == other
+    raw = DEFAULT_CODEC.encode(one)
+
+    assert raw == DEFAULT_CODEC.encode(other)
+    held = json.loads(raw)["other"]
+    assert [*held] == ["z", "other", "tags", "by_number", "rows", "rooted", *WORDS]
+    assert [*held["by_number"]] == ["10", "9"]
+    assert [*held["rows"][0]] == ["b", "a"]
+    for sorted_too in (held["z"][0], held["tags"], held["by_number"]["9"], held["rows"][0]["b"], held["rooted"]):
+        assert [*sorted_too] == [*WORDS]
+
+
+def test_equal_structs_are_equal_bytes_and_their_fields_keep_their_order() -> None:
+    def made(words: Sequence[str]) -> Held:
+        mapping = dict.fromkeys(words, 1)
+        return Held(None, Held([mapping], None, set(words), {9: set(words), 10: set()}, [Inner(mapping, 1)]))
+
+    raw = DEFAULT_CODEC.encode(made(WORDS))
+
+    assert raw == DEFAULT_CODEC.encode(made(WORDS[::-1]))
+    held = json.loads(raw)["otherOne"]
+    assert [*held] == ["type", "z", "otherOne", "tags", "byNumber", "rows"]
+    assert [*held["byNumber"]] == ["10", "9"]
+    for sorted_too in (held["z"][0], held["tags"], held["byNumber"]["9"], held["rows"][0]["b"]):
+        assert [*sorted_too] == [*WORDS]
 
 
 @pytest.mark.parametrize("cls", [Aliased, Renamed])

@@ -78,10 +78,11 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_awaited_verbs_are_coroutine_functions_with_the_names_of_the_plain_ones() -> None:
     from sqla_river import asyncio as awaited
 
+    own = awaited.AsyncRiver(sqla_river.River.of(sqla_river.Job))
     for name in VERBS:
-        verb = getattr(awaited, name)
-        assert inspect.iscoroutinefunction(verb)
-        assert verb.__name__ == name
+        for verb in (getattr(awaited, name), getattr(own, name)):
+            assert inspect.iscoroutinefunction(verb)
+            assert verb.__name__ == name
 
 
 def _loaded_by(statement: str) -> set[str]:

@@ -3,9 +3,11 @@
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sqla_river.errors import InvalidOptionError
 from sqla_river.states import JobState, mask_of
@@ -33,6 +35,13 @@ WRITTEN: list[tuple[Any, str]] = [
     (1e-7, "1e-7"),
     (-2.5e-9, "-2.5e-9"),
     (5e-324, "5e-324"),
+    (1.2345678901234568e-05, "0.000012345678901234568"),
+    (-9.999e-5, "-0.00009999"),
+    (1e16, "10000000000000000"),
+    (1.2345678901234567e20, "123456789012345670000"),
+    (-1.7976931348623157e308, "-1.7976931348623157e+308"),
+    (0.0, "0"),
+    (-0.0, "-0"),
     ('<a & "b">\u2028\t\x01\x7f', '"\\u003ca \\u0026 \\"b\\"\\u003e\\u2028\\t\\u0001\x7f"'),
     ([True, None, {"b": 1, "a": []}], '[true,null,{"b":1,"a":[]}]'),
 ]
@@ -41,6 +50,27 @@ WRITTEN: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("value", "text"), WRITTEN)
 def test_values_are_written_as_go_writes_them(value: object, text: str) -> None:
     assert go_json(value) == text
+
+
+NUMBERS: Final = st.floats(allow_nan=False, allow_infinity=False).filter(bool)
+SMALL: Final = st.floats(1e-7, 1e-3)
+
+
+@given(one=NUMBERS | SMALL, other=NUMBERS | SMALL)
+def test_floats_are_written_alike_only_if_they_are_equal(one: float, other: float) -> None:
+    assert float(go_json(one)) == one
+    assert (go_json(one) == go_json(other)) is (one == other)
+
+
+@given(NUMBERS | SMALL)
+def test_a_float_is_written_in_as_few_digits_as_give_it_back(number: float) -> None:
+    """With an exponent only below 1e-6 and from 1e21, and then without zeros before it: Go's encoding/json."""
+    text = go_json(number)
+    digits = text.partition("e")[0].lstrip("-").replace(".", "").strip("0")
+
+    assert len(digits) == next(n for n in range(1, 18) if float(f"{number:.{n - 1}e}") == number)
+    assert ("e" in text) is not (1e-6 <= abs(number) < 1e21)
+    assert re.fullmatch(r"-?(0|[1-9]\d*)(\.\d*[1-9])?(e[+-][1-9]\d*)?", text)
 
 
 def test_the_order_of_keys_makes_no_difference_and_their_values_do() -> None:
