@@ -1,5 +1,6 @@
 """How args become rows: the settings of one `River`."""
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,10 @@ from sqla_river.unique import Unique
 
 NotifyMode = Literal["transaction", "after_commit", "off"]
 NOTIFY_MODES: Final = ("transaction", "after_commit", "off")
+_noting: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread notes a class could enqueue none
+    os.register_at_fork(before=_noting.acquire, after_in_parent=_noting.release, after_in_child=_noting.release)
 
 
 def _known_mode(_: object, __: object, value: object) -> None:
@@ -80,7 +85,6 @@ class Settings:
     _uniques: WeakKeyDictionary[type, tuple[list[str], frozenset[str]]] = attrs.field(
         factory=WeakKeyDictionary[type, tuple[list[str], frozenset[str]]], init=False, eq=False, repr=False
     )
-    _lock: Any = attrs.field(factory=threading.Lock, init=False, eq=False, repr=False)
 
     def one(self, args: JobArgs, said: InsertOptions = NOTHING_SAID) -> InsertRow:
         """The `row` of *args*, through the middleware."""
@@ -137,7 +141,7 @@ class Settings:
         known = self._uniques.get(args_type)
         if known is None:
             known = (unique_fields(args_type), json_keys(args_type))
-            with self._lock:
+            with _noting:
                 self._uniques[args_type] = known
         marked, keys = known
         for name in unique.names:
@@ -166,6 +170,6 @@ class Settings:
                 )
             options = options.over(self.defaults).over(RIVER_DEFAULTS)
             known = kind, options, _columns(options)
-            with self._lock:
+            with _noting:
                 self._by_class[args_type] = known
         return known
