@@ -40,18 +40,14 @@ from sqla_river.statements.counts import (
 from sqla_river.statements.due import SCHEDULE_DUE, SELECT_NEXT_DUE
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
-    DELETE_CLEARED,
     DELETE_GONE_RUNNERS,
     DELETE_UNTOUCHED_QUEUES,
     FINISH_DUTY,
     INSERT_DUTIES,
-    INSERT_LOST_RUNNERS,
     POSTPONE_DUTY,
     PRUNE_CANCELLED,
     PRUNE_COMPLETED,
     PRUNE_DISCARDED,
-    RESCUE_STUCK,
-    RESET_AHEAD,
     SELECT_DUTIES,
 )
 from sqla_river.statements.fetch import (
@@ -86,6 +82,13 @@ from sqla_river.statements.insert import (
     announcing,
 )
 from sqla_river.statements.queues import PAUSE_QUEUES, RESUME_QUEUES, SELECT_QUEUES, UPDATE_QUEUE
+from sqla_river.statements.rescue import (
+    DELETE_CLEARED,
+    INSERT_LOST_RUNNERS,
+    RESCUE_STRAYS,
+    RESCUE_STUCK,
+    RESET_AHEAD,
+)
 from sqla_river.statements.runner import (
     DELETE_RUNNER,
     REFRESH_LONG,
@@ -144,6 +147,7 @@ __all__ = [
     "REFRESH_LONG",
     "RESCHEDULE_JOB",
     "RESCHEDULE_JOBS",
+    "RESCUE_STRAYS",
     "RESCUE_STUCK",
     "RESERVE_IDS",
     "RESET_AHEAD",

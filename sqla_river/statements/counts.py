@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import OID
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from sqla_river.statements.duties import OUR_ID
+from sqla_river.statements.rescue import OUR_ID, OWNER
 from sqla_river.statements.words import AVAILABLE, MOMENT, NOW, RUNNING, array_of, literal, state, w
 from sqla_river.tables import river_counter, river_history, river_leader, river_queue
 
@@ -225,14 +225,13 @@ _last_minutes: Final = (
     .table_valued(column("minute", MOMENT))
     .render_derived(name="last_minutes")
 )
-_owner: Final = func.split_part(literal("w.attempted_by[cardinality(w.attempted_by)]"), literal("'/'"), literal("1"))
 _go_leads: Final = select(literal("1")).select_from(river_leader).where(river_leader.c.expires_at > NOW).exists()
 
 
 def _ended(name: str, *conditions: ColumnElement[bool]) -> Any:
     """The jobs that came to a state in each of the last minutes through no runner of ours."""
     ended = (
-        select(w.c.queue, func.coalesce(_owner, literal("''")).label("owner"))
+        select(w.c.queue, func.coalesce(OWNER, literal("''")).label("owner"))
         .select_from(w)
         .where(
             w.c.state == state(name),
