@@ -45,14 +45,15 @@ SELECT_DUTIES: Final = select(
 )
 
 # Caller: duties. Whoever changes the row does the duty; nobody is elected, and two who do it at once do no harm. One
-# that is due further ahead than it can be was postponed before the database's clock was set back.
+# that is due further ahead than p_far, the furthest that anybody puts this duty off, was put off before the database's
+# clock was set back.
 CLAIM_DUTY: Final = (
     update(river_duty)
     .where(
         river_duty.c.name == _name,
         or_(
             river_duty.c.due_at <= NOW,
-            river_duty.c.due_at > NOW + func.greatest(_every, literal("interval '5 minutes'")),
+            river_duty.c.due_at > NOW + bindparam("p_far", type_=Interval),
         ),
     )
     .values(due_at=NOW + _every)
