@@ -8,7 +8,7 @@ still its own. Each beat also asks the reverse: which jobs run under this runner
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
@@ -35,6 +35,7 @@ TOUCH_QUEUES_EVERY: Final = 600.0
 """Seconds; River's clients delete a queue that nobody touched for 24 h."""
 
 
+LOCK_NOT_AVAILABLE: Final = "55P03"
 MOST_STRAYS: Final = 1_000
 """Jobs that one beat frees at most: 30 ms or so."""
 MOST_SKEW: Final = timedelta(seconds=1)
@@ -185,18 +186,33 @@ class Heartbeat:
         self._learnt(Fleet(rank, suspects, deaths, cancelled, place, {row.queue: row.places for row in peers}))
         if began - self._touched_at >= TOUCH_QUEUES_EVERY:
             self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
-            self._touch_queues(slots.keys())
+            self.touched = frozenset(slots) - self._touch_queues(slots.keys())
             self._touched_at = began
-        elif slots.keys() - self.touched:
-            self._touch_queues(slots.keys() - self.touched)
-        self.touched = frozenset(slots)
+        else:
+            self.touched = frozenset(slots) - self._touch_queues(slots.keys() - self.touched)
         self.beaten = True
         self._beat(beat_on)
         self._rescue_strays(list(zip(ids, tokens, strict=True)), began)
         return max(self._every - (time.monotonic() - began), 0.0)
 
-    def _touch_queues(self, names: Iterable[str]) -> None:
-        self._own.execute(UPSERT_QUEUES, {"p_queues": sorted(names)})
+    def _touch_queues(self, names: Collection[str]) -> frozenset[str]:
+        """Renew the rows of the queues *names*; those of them that have to wait for another beat."""
+        if not names:
+            return frozenset()
+        try:
+            self._own.execute(UPSERT_QUEUES, {"p_queues": sorted(names)})
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+            if len(names) > 1:  # one of them keeps no other
+                return frozenset[str]().union(*(self._touch_queues([name]) for name in sorted(names)))
+            log.remind(
+                "an open transaction is making the row of queue %s, as the first pause does; it is worked meanwhile: "
+                "commit or roll back",
+                *names,
+            )
+            return frozenset(names)
+        return frozenset()
 
     def _look_for_lost(self) -> None:
         """After a gap in which the lease may have run out: which jobs were freed, and are perhaps another's."""

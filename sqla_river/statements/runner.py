@@ -75,13 +75,17 @@ _names: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("nam
 
 # Caller: heartbeat.py, at start, for added queues, and every 10 min: River's clients hide or delete a queue that nobody
 # touched for 24 h. Locks: the rows, in name order; none waited for: an operator's open transaction that has paused a
-# queue must not hold up a heartbeat. (One that paused it before it had a row does: that is an insert of the same key.)
+# queue must not hold up a heartbeat. One that paused it before it had a row inserts the same key, which is waited for;
+# the bound holds for this statement, and from its first row on: PostgreSQL reads it when a wait begins.
 UPSERT_QUEUES: Final = (
     pg_insert(river_queue)
     .from_select(
         ["name"],
         select(_names.c.name)
-        .where(~select(river_queue.c.name).where(river_queue.c.name == _names.c.name).exists())
+        .where(
+            ~select(river_queue.c.name).where(river_queue.c.name == _names.c.name).exists(),
+            func.set_config(literal("'lock_timeout'"), literal("'100ms'"), literal("true")).is_not(None),
+        )
         .order_by(_names.c.name),
         include_defaults=False,
     )
