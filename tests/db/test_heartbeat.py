@@ -358,7 +358,7 @@ def test_a_first_pause_in_an_open_transaction_holds_up_no_beat_and_no_other_queu
 
     with opened(engine, lock_timeout="30s", statement_timeout="20s") as own, Session(engine) as session:
         heart = make_heart(own, new_id())
-        heart.slots = dict.fromkeys(("a", "b", "c"), 1)
+        heart.slots = {"a": 1, "b": 1, "c": 1}
         pause(session, "b")  # it has no row yet
         session.flush()
         heart.step()
