@@ -71,6 +71,7 @@ POSTPONE_DUTY: Final = (
 
 def _prune(name: str) -> Delete:
     age = cast(bindparam("p_age"), Interval)
+    since = func.coalesce(NOW - (age + bindparam("p_back", type_=Interval)), literal("'-infinity'"))
     only, others = bindparam("p_queue", type_=Text), array_of("p_others", Text)
     over: Any = (
         select(literal("w.ctid"))
@@ -78,6 +79,7 @@ def _prune(name: str) -> Delete:
         .where(
             w.c.state == state(name),
             w.c.finalized_at < NOW - age,
+            w.c.finalized_at >= since,
             or_(w.c.queue == only, and_(only.is_(None), w.c.queue != func.all(others))),
         )
         .order_by(w.c.finalized_at, w.c.id)
@@ -91,9 +93,10 @@ def _prune(name: str) -> Delete:
     )
 
 
-# Caller: duties/prune.py, 1,000 rows at a time. Index: river_job_finalized_idx. Locks: the rows it deletes, none waited
-# for. State and horizon are tested again in the outer WHERE: a row that somebody retries between the read and the
-# delete stays.
+# Caller: duties/prune.py, 1,000 rows at a time, of those that came over their time within p_back, or ever. Index:
+# river_job_finalized_idx, of which it reads what all queues have there. Locks: the rows it deletes, none waited for.
+# State and horizon are tested again in the outer WHERE: a row that somebody retries between the read and the delete
+# stays.
 PRUNE_COMPLETED: Final = _prune("completed")
 # The same.
 PRUNE_CANCELLED: Final = _prune("cancelled")
