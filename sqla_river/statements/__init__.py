@@ -25,12 +25,9 @@ from sqla_river.statements.complete import (
     SETTLE_JOB,
     SETTLE_JOBS,
 )
+from sqla_river.statements.counters import ADD_COUNTS, COUNT_OTHERS, DELETE_FOLDED, FOLD_COUNTS, PRUNE_HISTORY
 from sqla_river.statements.counts import (
-    ADD_COUNTS,
     COUNT_LIVE,
-    COUNT_OTHERS,
-    FOLD_COUNTS,
-    PRUNE_HISTORY,
     SELECT_COUNTS,
     SELECT_FIGURES,
     SELECT_HISTORY,
@@ -117,6 +114,7 @@ __all__ = [
     "COUNT_OTHERS",
     "COUNT_SUSPECTS",
     "DELETE_CLEARED",
+    "DELETE_FOLDED",
     "DELETE_GONE_RUNNERS",
     "DELETE_JOB",
     "DELETE_JOBS",
