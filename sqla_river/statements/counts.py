@@ -78,8 +78,13 @@ _first: Final = (
     .lateral("first")
 )
 _oldest: Final = (
-    # Subtracting -infinity would raise.
-    select(_present - func.greatest(func.min(_first.c.scheduled_at), _present - literal("interval '100 years'")))
+    # Subtracting an infinity would raise; and what is available ahead of its time is not overdue.
+    select(
+        _present
+        - func.greatest(
+            func.least(func.min(_first.c.scheduled_at), _present), _present - literal("interval '100 years'")
+        )
+    )
     .select_from(_priorities.join(_first, true()))
     .having(func.count() > literal("0"))
     .correlate(_asked)
