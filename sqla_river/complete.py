@@ -115,6 +115,14 @@ class Completer:
         return len(self._results) + len(self._taken) + sum(len(again.results) for again in self._again)
 
     @property
+    def unwritten(self) -> set[tuple[int, str]]:
+        """Their ids and tokens. What moves on while this looks is there before it leaves where it was."""
+        waiting = [*self._results, *self._taken]
+        for again in self._again:
+            waiting += again.results
+        return {_fence_of(each.job if isinstance(each, Result) else each) for each in waiting}
+
+    @property
     def ready(self) -> bool:
         """Whether there is room for more."""
         return len(self._results) + len(self._taken) < LARGEST_BACKLOG

@@ -47,7 +47,8 @@ class Counters:
     def write(self, own: OwnConnection, at: datetime, patience: float) -> None:
         """Tell the database what was counted since the last time; nothing where that is nothing. One round trip.
 
-        What may not have arrived is told again, the next time, as the same batch: it counts once.
+        What may not have arrived is told again, the next time, as the same batch: it counts once, unless this runner
+        was cut off for a whole day meanwhile.
 
         Args:
             own: the caller's connection.

@@ -3,21 +3,24 @@ own.
 
 A runner keeps its jobs for as long as its row is fresh: one lease. Whoever finds its own row older than that, less a
 margin, stops fetching; when the database answers again it renews the row first, and then reads which of its jobs are
-still its own.
+still its own. Each beat also asks the reverse: which jobs run under this runner's name, and it knows nothing of them.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
+
+from sqlalchemy.exc import DBAPIError
 
 from sqla_river.logs import Log
 from sqla_river.rows import ID, TOKEN, Fetched
 from sqla_river.statements import (
     DELETE_RUNNER,
     REFRESH_LONG,
+    RESCUE_STRAYS,
     SELECT_FLEET,
     SELECT_OWN,
     SELECT_PEERS,
@@ -32,6 +35,9 @@ TOUCH_QUEUES_EVERY: Final = 600.0
 """Seconds; River's clients delete a queue that nobody touched for 24 h."""
 
 
+LOCK_NOT_AVAILABLE: Final = "55P03"
+MOST_STRAYS: Final = 1_000
+"""Jobs that one beat frees at most: 30 ms or so."""
 MOST_SKEW: Final = timedelta(seconds=1)
 
 
@@ -79,6 +85,9 @@ class Heartbeat:
         unfinished: the jobs that this runner holds.
         beat: told the database's clock at each beat, in this thread.
         lost: told of those of them that are another's by now.
+        unknown: those of the jobs, by id and token, that run under this runner's name by the table, and that are
+            neither held nor on their way in or out.
+        rescued: told of those that were freed: id, queue, kind, state, suspect, ours.
         learnt: told what each beat found out.
     """
 
@@ -93,6 +102,8 @@ class Heartbeat:
         free: Callable[[], Sequence[str]],
         unfinished: Callable[[], Sequence[Fetched]],
         lost: Callable[[Sequence[Fetched]], None],
+        unknown: Callable[[Sequence[tuple[int, str]]], Sequence[tuple[int, str]]],
+        rescued: Callable[[Sequence[Any]], None],
         learnt: Callable[[Fleet], None],
         beat: Callable[[datetime], None] = lambda _: None,
     ) -> None:
@@ -104,6 +115,10 @@ class Heartbeat:
         self._free = free
         self._unfinished = unfinished
         self._lost = lost
+        self._unknown = unknown
+        self._rescued = rescued
+        self._missed: dict[tuple[int, str], float] = {}
+        """Jobs that are unknown, by id and token, and since when (monotonic)."""
         self._learnt = learnt
         self._beat = beat
         self._touched_at = -math.inf
@@ -163,24 +178,41 @@ class Heartbeat:
         # The statement may itself have waited, while the row grew old.
         if max(gap, stored, time.monotonic() - self._beat_at) >= self._lease * 5 / 6:
             self._look_for_lost()
+        asked = {"p_id": self._runner_id, "p_before": self._beat_on}
         self._beat_on = beat_on
         self._beat_at = began
-        rank, suspects, deaths, cancelled, place = self._own.execute(SELECT_FLEET, {"p_id": self._runner_id}).one()
+        rank, suspects, deaths, cancelled, place, ids, tokens = self._own.execute(SELECT_FLEET, asked).one()
         peers = self._own.execute(SELECT_PEERS, {"p_queues": list(slots)})
         self._learnt(Fleet(rank, suspects, deaths, cancelled, place, {row.queue: row.places for row in peers}))
         if began - self._touched_at >= TOUCH_QUEUES_EVERY:
             self._own.execute(REFRESH_LONG, {"p_id": self._runner_id})
-            self._touch_queues(slots.keys())
+            self.touched = frozenset(slots) - self._touch_queues(slots.keys())
             self._touched_at = began
-        elif slots.keys() - self.touched:
-            self._touch_queues(slots.keys() - self.touched)
-        self.touched = frozenset(slots)
+        else:
+            self.touched = frozenset(slots) - self._touch_queues(slots.keys() - self.touched)
         self.beaten = True
         self._beat(beat_on)
+        self._rescue_strays(list(zip(ids, tokens, strict=True)), began)
         return max(self._every - (time.monotonic() - began), 0.0)
 
-    def _touch_queues(self, names: Iterable[str]) -> None:
-        self._own.execute(UPSERT_QUEUES, {"p_queues": sorted(names)})
+    def _touch_queues(self, names: Collection[str]) -> frozenset[str]:
+        """Renew the rows of the queues *names*; those of them that have to wait for another beat."""
+        if not names:
+            return frozenset()
+        try:
+            self._own.execute(UPSERT_QUEUES, {"p_queues": sorted(names)})
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+            if len(names) > 1:  # one of them keeps no other
+                return frozenset[str]().union(*(self._touch_queues([name]) for name in sorted(names)))
+            log.remind(
+                "an open transaction is making the row of queue %s, as the first pause does; it is worked meanwhile: "
+                "commit or roll back",
+                *names,
+            )
+            return frozenset(names)
+        return frozenset()
 
     def _look_for_lost(self) -> None:
         """After a gap in which the lease may have run out: which jobs were freed, and are perhaps another's."""
@@ -189,6 +221,34 @@ class Heartbeat:
             tokens = sorted({row[TOKEN] for row in unfinished})
             own = set(self._own.execute(SELECT_OWN, {"p_tokens": tokens}).scalars())
             self._lost([row for row in unfinished if row[ID] not in own])
+
+    def _rescue_strays(self, running: Sequence[tuple[int, str]], began: float) -> None:
+        """Free those of *running* that this runner has known nothing of for a whole beat.
+
+        A crash of the database that did not wait for its disk, or a failover to a standby that was behind, takes the
+        last commits back: the end of a job may be among them, and its fetch not. Nobody else frees it while this runner
+        lives. Nothing that is only on its way stays so from one beat to the next.
+        """
+        missed = self._unknown(running) if running else ()
+        self._missed = {each: self._missed.get(each, began) for each in missed}
+        strays = sorted(each for each, since in self._missed.items() if began - since >= self._every)[:MOST_STRAYS]
+        if not strays:
+            return
+        ids, tokens = zip(*strays, strict=True)
+        given = {"p_ids": list(ids), "p_tokens": list(tokens), "p_schema": self._own.schema}
+        try:
+            freed = self._own.execute(RESCUE_STRAYS, given).all()
+        except DBAPIError as error:  # a row that cannot be freed keeps no runner from its heartbeat
+            log.warning("could not free %d jobs that nobody works: %s", len(ids), str(error).partition("\n")[0])
+            return
+        if freed:
+            log.warning(
+                "freed %d jobs that ran under this runner's name, and that it held no more, as after a crash or a "
+                "failover of the database: %s",
+                len(freed),
+                [row.id for row in freed[:20]],
+            )
+            self._rescued(freed)
 
     def leave(self) -> None:
         """Take the runner's row away, if it was ever written, unless a running job still names it."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from sqla_river.eventloop import EventLoop
 from sqla_river.execute import Executor
 from sqla_river.failure import at
 from sqla_river.logs import Log, of_job
-from sqla_river.rows import ID, KIND, QUEUE, Fetched, Result, row_of
+from sqla_river.rows import ID, KIND, QUEUE, TOKEN, Fetched, Result, row_of
 from sqla_river.slots import Threads
 
 log: Final = Log(__name__)
@@ -76,6 +76,14 @@ class Held:
     @property
     def rows(self) -> list[Fetched]:
         return list(self._unfinished.values())
+
+    def unknown(self, running: Iterable[tuple[int, str]], unsure: Container[str]) -> list[tuple[int, str]]:
+        """Those of *running*, by id and token, that this runner neither holds nor has still to write; without what may
+        yet come of fetches under the tokens *unsure*, which were read before this is asked.
+        """
+        known = {(row[ID], row[TOKEN]) for row in self.rows}  # first: what is let go of is put before
+        known |= self._completer.unwritten
+        return [each for each in running if each not in known and each[1] not in unsure]
 
     # ---- in and out -------------------------------------------------------------------------------------------------
 

@@ -75,11 +75,9 @@ class Incarnation:
     def __init__(self, orders: Orders) -> None:
         self.id = new_runner_id()
         self.pid = os.getpid()
-        self.started = False
-        self.stopping = False
+        self.started = self.stopping = False
         self._at_exit = partial(_stop_at_exit, weakref.ref(self))  # its own: others in this process go on
-        self.events = orders.events
-        self._meters = orders.meters
+        self.events, self._meters = orders.events, orders.meters
         self.worked = 0
         self._checked = False
         self._refused: SchemaError | None = None
@@ -157,6 +155,8 @@ class Incarnation:
             free=lambda: self._fetcher.free_queues(),
             unfinished=lambda: self._held.rows,
             lost=self._held.lost,
+            unknown=lambda running: self._held.unknown(running, self._fetcher.unsure),
+            rescued=self._rescued,
             learnt=self._learnt,
             beat=lambda now: self._counters.write(heartbeat, now, 0.0),
         )

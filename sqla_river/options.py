@@ -307,6 +307,27 @@ RIVER_DEFAULTS: Final = InsertOptions(
 )
 
 
+def _check_age(_: object, field: "attrs.Attribute[Any]", value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, timedelta):
+        raise InvalidOptionError(field.name, f"{field.name} must be a timedelta or None, got {shown(value)}")
+    if not timedelta(0) <= value <= LONGEST_DELAY:
+        raise InvalidOptionError(
+            field.name,
+            f"{field.name} must be from 0 to {LONGEST_DELAY.days} days, got {value}; None keeps such jobs for ever",
+        )
+
+
+def _check_retentions(_: object, field: "attrs.Attribute[Any]", value: Mapping[object, object]) -> None:
+    for queue, other in value.items():
+        check_queue(queue)
+        if not isinstance(other, Retention) or other.queues:
+            raise InvalidOptionError(
+                field.name, f"queue {shown(queue)} must have a Retention without queues of its own, got {shown(other)}"
+            )
+
+
 @attrs.frozen
 class Retention:
     """How long finished jobs stay before the prune duty deletes them. None keeps them for ever.
@@ -314,10 +335,14 @@ class Retention:
     Args:
         completed, cancelled: 24 hours.
         discarded: 7 days.
-        queues: another Retention for the queues named here.
+        queues: another Retention for the queues named here. What one queue keeps for longer than others is read once an
+            hour for each of them: no index parts finished rows by queue.
+
+    Raises:
+        InvalidOptionError: an age that is no timedelta, or negative, or over 100 years.
     """
 
-    completed: timedelta | None = timedelta(hours=24)
-    cancelled: timedelta | None = timedelta(hours=24)
-    discarded: timedelta | None = timedelta(days=7)
-    queues: Mapping[str, "Retention"] = attrs.field(factory=dict[str, "Retention"])
+    completed: timedelta | None = attrs.field(default=timedelta(hours=24), validator=_check_age)
+    cancelled: timedelta | None = attrs.field(default=timedelta(hours=24), validator=_check_age)
+    discarded: timedelta | None = attrs.field(default=timedelta(days=7), validator=_check_age)
+    queues: Mapping[str, "Retention"] = attrs.field(factory=dict[str, "Retention"], validator=_check_retentions)

@@ -81,7 +81,9 @@ def queue_stats(session: Any, queue: str, job_class: type[JobMixin]) -> QueueSta
 
 
 def all_stats(connection: Connection, schema: str | None) -> list[QueueStats]:
-    """The stats of every queue of *schema* that a runner works, or that has jobs, by name. Three round trips."""
+    """The stats of every queue of *schema* that a runner works, that has jobs, or that ever had a job finished: its
+    count of all time stays. By name. Three round trips.
+    """
     schema = store.real_schema(connection, schema)
     return stats_of_all(partial(store.execute, connection, schema), schema)
 

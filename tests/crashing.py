@@ -90,6 +90,8 @@ def make_heart(
     lease: float = 30.0,
     unfinished: Sequence[JobRow] = (),
     lost: Callable[[Sequence[JobRow]], None] = lambda rows: None,
+    unknown: Callable[[Sequence[tuple[int, str]]], Sequence[tuple[int, str]]] = lambda running: (),
+    rescued: Callable[[Sequence[Any]], None] = lambda freed: None,
     learnt: Callable[[Fleet], None] = lambda fleet: None,
 ) -> Heartbeat:
     """A heartbeat whose thread is the test."""
@@ -103,6 +105,8 @@ def make_heart(
         free=list,
         unfinished=lambda: unfinished,
         lost=lambda rows: lost(list(map(row_of, rows))),
+        unknown=unknown,
+        rescued=rescued,
         learnt=learnt,
     )
 

@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Final
 
-from sqla_river.statements import COUNT_OTHERS, FOLD_COUNTS, PRUNE_HISTORY
+from sqla_river.statements import COUNT_OTHERS, DELETE_FOLDED, FOLD_COUNTS, PRUNE_HISTORY
 from sqla_river.store import OwnConnection
 
 BATCH: Final = 10_000
@@ -21,5 +21,6 @@ class Count:
     def do(self, own: OwnConnection) -> bool:
         own.execute(COUNT_OTHERS)
         folded = own.execute(FOLD_COUNTS).scalar_one() >= BATCH
+        spent = own.execute(DELETE_FOLDED).rowcount >= BATCH
         pruned = own.execute(PRUNE_HISTORY).rowcount >= BATCH
-        return folded or pruned
+        return folded or spent or pruned

@@ -18,8 +18,6 @@ _JITTER: Final = 0.25
 """Seconds over which the runners of a fleet spread their looks."""
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 60.0
-_FAR: Final = 300.0
-"""Seconds: the longest that a duty is postponed, unless its own interval is longer; as CLAIM_DUTY says."""
 
 
 class Duty(Protocol):
@@ -87,7 +85,8 @@ class Turns:
         return 0.0 if self._unfinished else soonest + random.uniform(0, _JITTER) * min(soonest, 1.0)  # noqa: S311
 
     def _claim(self, duty: Duty) -> bool:
-        return self._own.execute(CLAIM_DUTY, {"p_name": duty.name, "p_every": duty.every}).first() is not None
+        asked = {"p_name": duty.name, "p_every": duty.every, "p_far": _furthest(duty)}
+        return self._own.execute(CLAIM_DUTY, asked).first() is not None
 
     def _do(self, duty: Duty) -> bool:
         """Whether *duty* is to go on in the next step."""
@@ -119,5 +118,13 @@ class Turns:
 
 
 def _is_due(duty: Duty, due_in: float) -> bool:
-    """Due by now; or further ahead than it can be, so that the database's clock was set back."""
-    return due_in <= 0 or due_in > max(duty.every.total_seconds(), _FAR)
+    """Due by now; or further ahead than it can be, so that the database's clock was set back. A step back of less than
+    that keeps it as long.
+    """
+    return due_in <= 0 or due_in > _furthest(duty).total_seconds()
+
+
+def _furthest(duty: Duty) -> timedelta:
+    """How far ahead *duty* can be due: after it was done, after it has failed, or for a turn that it takes."""
+    turn: timedelta = getattr(duty, "turn", duty.every)
+    return max(duty.every, turn, timedelta(seconds=_LONGEST_RETRY))

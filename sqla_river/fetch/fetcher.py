@@ -118,6 +118,11 @@ class Fetcher:
         self._resumed.append(queue)
         self.heard(queue)
 
+    @property
+    def unsure(self) -> set[str]:
+        """The tokens of fetches that may have brought what was not delivered yet."""
+        return set(self._lost)
+
     def resize(self, slots: Mapping[str, int]) -> None:
         """Fetch as *slots* says, which nobody changes any more, from the next step on."""
         self._resized = slots
@@ -254,8 +259,10 @@ class Fetcher:
             found = self._own.fetch(statement, given)
         tail = (token,)
         rows: list[Fetched] = [values + tail for values in found]
-        del self._lost[token]
-        self._take(rows)
+        try:
+            self._take(rows)
+        finally:  # only now, or the heartbeat could miss them in between
+            del self._lost[token]
         return rows
 
     def _asked_everywhere(self) -> dict[str, list[str]]:

@@ -25,12 +25,9 @@ from sqla_river.statements.complete import (
     SETTLE_JOB,
     SETTLE_JOBS,
 )
+from sqla_river.statements.counters import ADD_COUNTS, COUNT_OTHERS, DELETE_FOLDED, FOLD_COUNTS, PRUNE_HISTORY
 from sqla_river.statements.counts import (
-    ADD_COUNTS,
     COUNT_LIVE,
-    COUNT_OTHERS,
-    FOLD_COUNTS,
-    PRUNE_HISTORY,
     SELECT_COUNTS,
     SELECT_FIGURES,
     SELECT_HISTORY,
@@ -40,18 +37,14 @@ from sqla_river.statements.counts import (
 from sqla_river.statements.due import SCHEDULE_DUE, SCHEDULE_KEYLESS, SCHEDULE_ONE, SELECT_LATER_DUE, SELECT_NEXT_DUE
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
-    DELETE_CLEARED,
     DELETE_GONE_RUNNERS,
     DELETE_UNTOUCHED_QUEUES,
     FINISH_DUTY,
     INSERT_DUTIES,
-    INSERT_LOST_RUNNERS,
     POSTPONE_DUTY,
     PRUNE_CANCELLED,
     PRUNE_COMPLETED,
     PRUNE_DISCARDED,
-    RESCUE_STUCK,
-    RESET_AHEAD,
     SELECT_DUTIES,
 )
 from sqla_river.statements.fetch import (
@@ -86,6 +79,13 @@ from sqla_river.statements.insert import (
     announcing,
 )
 from sqla_river.statements.queues import PAUSE_QUEUES, RESUME_QUEUES, SELECT_QUEUES, UPDATE_QUEUE
+from sqla_river.statements.rescue import (
+    DELETE_CLEARED,
+    INSERT_LOST_RUNNERS,
+    RESCUE_STRAYS,
+    RESCUE_STUCK,
+    RESET_AHEAD,
+)
 from sqla_river.statements.runner import (
     DELETE_RUNNER,
     REFRESH_LONG,
@@ -114,6 +114,7 @@ __all__ = [
     "COUNT_OTHERS",
     "COUNT_SUSPECTS",
     "DELETE_CLEARED",
+    "DELETE_FOLDED",
     "DELETE_GONE_RUNNERS",
     "DELETE_JOB",
     "DELETE_JOBS",
@@ -144,6 +145,7 @@ __all__ = [
     "REFRESH_LONG",
     "RESCHEDULE_JOB",
     "RESCHEDULE_JOBS",
+    "RESCUE_STRAYS",
     "RESCUE_STUCK",
     "RESERVE_IDS",
     "RESET_AHEAD",

@@ -17,7 +17,6 @@ from sqlalchemy import (
     case,
     cast,
     column,
-    delete,
     extract,
     func,
     or_,
@@ -27,11 +26,9 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import OID
-from sqlalchemy.dialects.postgresql import insert as pg_insert
 
-from sqla_river.statements.duties import OUR_ID
 from sqla_river.statements.words import AVAILABLE, MOMENT, NOW, RUNNING, array_of, literal, state, w
-from sqla_river.tables import river_counter, river_history, river_leader, river_queue
+from sqla_river.tables import river_counter, river_history, river_queue
 
 _present: Final = func.clock_timestamp()  # in a transaction that is open for long, now() is its start
 ALL_TIME: Final[ColumnElement[Any]] = literal("'-infinity'::timestamptz")
@@ -81,8 +78,13 @@ _first: Final = (
     .lateral("first")
 )
 _oldest: Final = (
-    # Subtracting -infinity would raise.
-    select(_present - func.greatest(func.min(_first.c.scheduled_at), _present - literal("interval '100 years'")))
+    # Subtracting an infinity would raise; and what is available ahead of its time is not overdue.
+    select(
+        _present
+        - func.greatest(
+            func.least(func.min(_first.c.scheduled_at), _present), _present - literal("interval '100 years'")
+        )
+    )
     .select_from(_priorities.join(_first, true()))
     .having(func.count() > literal("0"))
     .correlate(_asked)
@@ -132,8 +134,8 @@ _named: Final = union(
     select(river_history.c.queue).where(river_history.c.minute == ALL_TIME),
 ).subquery("named")
 
-# Caller: stats.py: every queue that is known, or has jobs that wait or run. Index: as COUNT_LIVE, and
-# river_history_pkey.
+# Caller: stats.py: every queue that is known, has jobs that wait or run, or ever had one that was finished. Index: as
+# COUNT_LIVE, and river_history_pkey.
 SELECT_QUEUE_NAMES: Final = select(_named.c.queue).where(_named.c.queue.is_not(None)).order_by(_named.c.queue)
 
 _catalog: Final = MetaData(schema="pg_catalog")
@@ -184,91 +186,6 @@ SELECT_FIGURES: Final = select(
 )
 
 # ---- finished --------------------------------------------------------------------------------------------------------
-
-_given: Final = (
-    func.unnest(array_of("p_queues", Text), array_of("p_states", Text), array_of("p_jobs", BigInteger))
-    .table_valued(column("queue", Text), column("state", Text), column("jobs", BigInteger))
-    .render_derived(name="given")
-)
-
-# Caller: counters.py, with each heartbeat that has something to tell, and at a stop. Index: river_counter_pkey. Locks:
-# rows that no other runner touches. A batch whose reply was lost is sent again under its own number and minute, and
-# counts once.
-ADD_COUNTS: Final = (
-    pg_insert(river_counter)
-    .from_select(
-        ["runner", "minute", "queue", "state", "jobs", "batch"],
-        select(
-            bindparam("p_id", type_=Text),
-            func.date_trunc(literal("'minute'"), bindparam("p_at", type_=MOMENT)),
-            _given.c.queue,
-            _given.c.state,
-            _given.c.jobs,
-            bindparam("p_batch", type_=BigInteger),
-        ).order_by(_given.c.queue, _given.c.state),
-        include_defaults=False,
-    )
-    .on_conflict_do_update(
-        index_elements=["runner", "minute", "queue", "state"],
-        set_={
-            "jobs": river_counter.c.jobs + literal("excluded.jobs"),
-            "batch": literal("excluded.batch"),
-        },
-        where=river_counter.c.batch < literal("excluded.batch"),
-    )
-)
-
-_last_minutes: Final = (
-    func.generate_series(
-        func.date_trunc(literal("'minute'"), NOW) - literal("interval '3 minutes'"), NOW, literal("interval '1 minute'")
-    )
-    .table_valued(column("minute", MOMENT))
-    .render_derived(name="last_minutes")
-)
-_owner: Final = func.split_part(literal("w.attempted_by[cardinality(w.attempted_by)]"), literal("'/'"), literal("1"))
-_go_leads: Final = select(literal("1")).select_from(river_leader).where(river_leader.c.expires_at > NOW).exists()
-
-
-def _ended(name: str, *conditions: ColumnElement[bool]) -> Any:
-    """The jobs that came to a state in each of the last minutes through no runner of ours."""
-    ended = (
-        select(w.c.queue, func.coalesce(_owner, literal("''")).label("owner"))
-        .select_from(w)
-        .where(
-            w.c.state == state(name),
-            w.c.finalized_at >= _last_minutes.c.minute,
-            w.c.finalized_at < _last_minutes.c.minute + literal("interval '1 minute'"),
-            *conditions,
-        )
-        .order_by(w.c.finalized_at)
-        .limit(literal("10000"))
-        .correlate(_last_minutes)
-        .lateral(f"ended_{name}")
-    )
-    return (
-        select(_last_minutes.c.minute, ended.c.queue, state(name).label("state"))
-        .select_from(_last_minutes.join(ended, true()))
-        .where(~ended.c.owner.op("~")(OUR_ID))
-    )
-
-
-_others: Final = union_all(_ended("cancelled"), _ended("discarded"), _ended("completed", _go_leads)).subquery("others")
-
-# Caller: duties/count.py, every minute. What has ended through no runner of ours: worked by Go's clients, or cancelled
-# while it waited. Those minutes that are not folded yet are counted anew each time, so a job that commits late is
-# counted too, and nothing twice. Of each minute and state the first 10,000 entries are looked at; what is completed,
-# only while a Go client leads. Index: river_job_finalized_idx. Locks: rows that only this duty writes, in their order.
-COUNT_OTHERS: Final = (
-    pg_insert(river_counter)
-    .from_select(
-        ["runner", "minute", "queue", "state", "jobs", "batch"],
-        select(literal("'other'"), *_others.c, func.count(), literal("0")).group_by(*_others.c).order_by(*_others.c),
-        include_defaults=False,
-    )
-    .on_conflict_do_update(
-        index_elements=["runner", "minute", "queue", "state"], set_={"jobs": literal("excluded.jobs")}
-    )
-)
 
 _window: Final = func.date_trunc(literal("'minute'"), NOW) - literal("interval '5 minutes'")
 _zero: Final[ColumnElement[Any]] = literal("0")
@@ -330,65 +247,4 @@ SELECT_HISTORY: Final = (
     .select_from(_minutes.outerjoin(_by_minute, _by_minute.c.minute == _minutes.c.minute))
     .group_by(_minutes.c.minute, _by_minute.c.state)
     .order_by(_minutes.c.minute)
-)
-
-_c: Final = river_counter.alias("c")
-_over: Final[Any] = (
-    select(literal("c.ctid"))
-    .select_from(_c)
-    .where(_c.c.minute < func.date_trunc(literal("'minute'"), NOW) - literal("interval '3 minutes'"))
-    .limit(literal("10000"))
-    .with_for_update(skip_locked=True, of=_c)
-)
-_folded: Final = (
-    delete(river_counter)
-    .where(literal("river_counter.ctid") == func.any(func.array(_over.scalar_subquery())))
-    .returning(*river_counter.c)
-    .cte("folded")
-)
-
-
-def _add_up(minute: ColumnElement[Any], name: str) -> Any:
-    total = cast(func.sum(_folded.c.jobs), BigInteger)
-    return (
-        pg_insert(river_history)
-        .from_select(
-            ["minute", "queue", "state", "jobs"],
-            select(minute, _folded.c.queue, _folded.c.state, total)
-            .group_by(minute, _folded.c.queue, _folded.c.state)
-            .order_by(minute, _folded.c.queue, _folded.c.state),
-            include_defaults=False,
-        )
-        .on_conflict_do_update(
-            index_elements=["minute", "queue", "state"],
-            set_={"jobs": river_history.c.jobs + literal("excluded.jobs")},
-        )
-        .returning(river_history.c.jobs)
-        .cte(name)
-    )
-
-
-# Caller: duties/count.py, every minute. Takes up the rows of minutes that are over, of all runners, into one row per
-# minute, queue and state, and into the sum of all time; in one statement, so that whoever reads sees each job once.
-# Indexes: river_history_pkey; river_counter is read whole. Locks: the rows that it takes up, none waited for, then
-# those that they add to, in the order of their keys.
-FOLD_COUNTS: Final = (
-    select(func.count())
-    .select_from(_folded)
-    .add_cte(_add_up(ALL_TIME, "of_all_time"), _add_up(_folded.c.minute, "of_minutes"))
-)
-
-_h: Final = river_history.alias("h")
-_old: Final[Any] = (
-    select(literal("h.ctid"))
-    .select_from(_h)
-    .where(_h.c.minute > ALL_TIME, _h.c.minute < NOW - literal("interval '7 days'"))
-    .limit(literal("10000"))
-    .with_for_update(skip_locked=True, of=_h)
-)
-
-# Caller: duties/count.py, after it. Minutes stay for a week; the sum of all time keeps what was in them. Index:
-# river_history_pkey. Locks: the rows that it deletes, none waited for.
-PRUNE_HISTORY: Final = delete(river_history).where(
-    literal("river_history.ctid") == func.any(func.array(_old.scalar_subquery()))
 )

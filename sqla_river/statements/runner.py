@@ -2,7 +2,20 @@
 
 from typing import Any, Final
 
-from sqlalchemy import Integer, Interval, Text, bindparam, column, delete, func, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Interval,
+    Text,
+    bindparam,
+    column,
+    delete,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 
 from sqla_river.statements.words import (
@@ -10,6 +23,7 @@ from sqla_river.statements.words import (
     CANCEL_ASKED,
     CTID,
     LAST_TOKEN,
+    MOMENT,
     NOW,
     RUNNING,
     STATE_TEXT,
@@ -61,13 +75,17 @@ _names: Final = func.unnest(array_of("p_queues", Text)).table_valued(column("nam
 
 # Caller: heartbeat.py, at start, for added queues, and every 10 min: River's clients hide or delete a queue that nobody
 # touched for 24 h. Locks: the rows, in name order; none waited for: an operator's open transaction that has paused a
-# queue must not hold up a heartbeat. (One that paused it before it had a row does: that is an insert of the same key.)
+# queue must not hold up a heartbeat. One that paused it before it had a row inserts the same key, which is waited for;
+# the bound holds for this statement, and from its first row on: PostgreSQL reads it when a wait begins.
 UPSERT_QUEUES: Final = (
     pg_insert(river_queue)
     .from_select(
         ["name"],
         select(_names.c.name)
-        .where(~select(river_queue.c.name).where(river_queue.c.name == _names.c.name).exists())
+        .where(
+            ~select(river_queue.c.name).where(river_queue.c.name == _names.c.name).exists(),
+            func.set_config(literal("'lock_timeout'"), literal("'100ms'"), literal("true")).is_not(None),
+        )
         .order_by(_names.c.name),
         include_defaults=False,
     )
@@ -78,9 +96,27 @@ UPSERT_QUEUES: Final = (
 # A scalar, so that no plan can be made of it but one look at the primary key for each of the few.
 _state_of_suspect: Final = select(STATE_TEXT).where(job.c.id == river_suspect.c.job_id).correlate(river_suspect)
 
+_here: Final = (
+    select(
+        job.c.id,
+        LAST_TOKEN.label("token"),
+        CANCEL_ASKED.label("asked"),
+        # Ahead of the clock: it was set back since.
+        or_(job.c.attempted_at <= bindparam("p_before", type_=MOMENT), job.c.attempted_at > NOW).label("old"),
+    )
+    .where(job.c.state == RUNNING, _mine)
+    .cte("here")
+)
+
+
+def _of_those(column: ColumnElement[Any], condition: ColumnElement[bool]) -> Any:
+    return func.array(select(column).where(condition).order_by(_here.c.id).scalar_subquery())
+
+
 # Caller: heartbeat.py, every 5 s. The runner's rank among those that live; whether there are suspects, and jobs that
 # may run soon whose runner died; which of its running jobs somebody asked to cancel (for runners that do not LISTEN);
-# and its place, a number that all runners draw lots with. Index: river_job_pkey, river_job_running_idx.
+# its place, a number that all runners draw lots with; and id and token of what runs under its name since p_before, its
+# last beat, or longer: short jobs cost it nothing. Index: river_job_pkey, river_job_running_idx.
 SELECT_FLEET: Final = select(
     select(func.count())
     .select_from(river_runner)
@@ -92,10 +128,10 @@ SELECT_FLEET: Final = select(
     .where(_state_of_suspect.scalar_subquery().in_([AVAILABLE, RUNNING]))
     .exists()
     .label("deaths"),
-    func.array(select(job.c.id).where(job.c.state == RUNNING, CANCEL_ASKED, _mine).scalar_subquery()).label(
-        "cancelled"
-    ),
+    _of_those(_here.c.id, _here.c.asked).label("cancelled"),
     func.hashtext(_id).label("place"),
+    _of_those(_here.c.id, _here.c.old).label("ids"),
+    _of_those(_here.c.token, _here.c.old).label("tokens"),
 )
 
 _free: Final = func.unnest(river_runner.c.free).table_valued(column("queue", Text)).render_derived(name="free")

@@ -498,7 +498,7 @@ def test_a_retried_job_is_never_pruned(engine: Engine) -> None:
         with opened(engine) as own:
             for queue, _ in rounds:
                 meet.wait()
-                own.execute(PRUNE_COMPLETED, {"p_age": timedelta(0), "p_queue": queue, "p_others": []})
+                own.execute(PRUNE_COMPLETED, {"p_age": timedelta(0), "p_back": None, "p_queue": queue, "p_others": []})
 
     pruner = threading.Thread(target=prune)
     pruner.start()

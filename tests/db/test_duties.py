@@ -11,10 +11,11 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError
 
 from sqla_river.duties import turns
-from sqla_river.duties.rescue import Isolate
+from sqla_river.duties.rescue import Isolate, Rescue
 from sqla_river.duties.turns import Duty, Turns
 from sqla_river.store import OwnConnection
-from tests.making import eventually, make_job, opened
+from tests.crashing import FOR_EVER, make_runner
+from tests.making import eventually, make_job, opened, read_job
 
 HOUR = timedelta(hours=1)
 
@@ -30,7 +31,7 @@ class Chore:
         entitled: Callable[[], bool] = lambda: True,
     ) -> None:
         self.name = name
-        self.every = every
+        self.every = self.turn = every
         self.entitled = entitled
         self._do = do
         self.done = 0
@@ -282,20 +283,37 @@ def test_duties_of_others_are_left_alone(engine: Engine) -> None:
     assert (row.due_at[:10], row.done_at) == ("2020-01-01", None)
 
 
-def test_a_duty_that_was_postponed_before_the_clock_was_set_back_is_done(engine: Engine) -> None:
-    soon, late = Chore("soon", every=timedelta(seconds=5)), Chore("late", every=timedelta(hours=1))
+@pytest.mark.parametrize(("every", "turn", "furthest"), [(5, 5, 60), (5, 130, 130), (3_600, 5, 3_600)])
+def test_a_duty_that_was_postponed_before_the_clock_was_set_back_is_done(
+    engine: Engine, every: int, turn: int, furthest: int
+) -> None:
+    chore = Chore(every=timedelta(seconds=every))
+    chore.turn = timedelta(seconds=turn)
+    done: list[int] = []
     with opened(engine) as own:
-        mine = Turns(own, [soon, late])
+        mine = Turns(own, [chore])
         _take_turn(mine)
-        with engine.begin() as connection:
-            connection.execute(text("UPDATE river_duty SET due_at = due_at + interval '10 minutes'"))
-        _take_turn(mine)
-        assert (soon.done, late.done) == (2, 2)
-        with engine.begin() as connection:  # as far as a failure or a turn alone may postpone it
-            connection.execute(text("UPDATE river_duty SET due_at = now() + interval '130 seconds'"))
+        for due_in in (furthest - 1, furthest + 10):  # as far as it may be put off; and further
+            with engine.begin() as connection:
+                connection.execute(
+                    text("UPDATE river_duty SET due_at = now() + :due_in"), {"due_in": timedelta(seconds=due_in)}
+                )
+            _take_turn(mine)
+            done.append(chore.done)
+
+    assert done == [1, 2]
+
+
+def test_the_dead_are_found_soon_after_the_clock_was_set_back_by_some_minutes(engine: Engine) -> None:
+    job_id = make_job(engine, state="running", token=f"{make_runner(engine, silent=HOUR)}/1")
+    with opened(engine) as own:
+        mine = Turns(own, [Rescue(lambda: FOR_EVER, lambda _: None)])
+        mine.step()  # makes the row
+        with engine.begin() as connection:  # 5 s ahead of what the clock was
+            connection.execute(text("UPDATE river_duty SET due_at = now() + interval '4 minutes 5 seconds'"))
         _take_turn(mine)
 
-    assert (soon.done, late.done) == (2, 2)
+    assert read_job(engine, job_id)["state"] == "available"
 
 
 def test_the_age_of_the_last_success_grows_wherever_that_was_and_whatever_fails(engine: Engine) -> None:

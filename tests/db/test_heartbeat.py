@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.orm import Session
 
-from sqla_river import heartbeat
+from sqla_river import heartbeat, pause
 from sqla_river.heartbeat import Fleet
 from sqla_river.rows import JobRow
 from sqla_river.states import JobState
@@ -348,6 +349,25 @@ def test_long_jobs_are_kept_fresh_for_rivers_rescuer_while_a_go_client_leads(eng
         others: True,
     }
     assert read_job(engine, long)["token"] == f"{owner}/1"
+
+
+def test_a_first_pause_in_an_open_transaction_holds_up_no_beat_and_no_other_queue(engine: Engine) -> None:
+    def rows() -> list[str]:
+        with engine.connect() as connection:
+            return list(connection.execute(text("SELECT name FROM river_queue ORDER BY name")).scalars())
+
+    with opened(engine, lock_timeout="30s", statement_timeout="20s") as own, Session(engine) as session:
+        heart = make_heart(own, new_id())
+        heart.slots = {"a": 1, "b": 1, "c": 1}
+        pause(session, "b")  # it has no row yet
+        session.flush()
+        heart.step()
+        assert (heart.beaten, heart.fresh, set(heart.touched), rows()) == (True, True, {"a", "c"}, ["a", "c"])
+        bound = own.execute(text("SHOW lock_timeout")).scalar_one()
+        session.commit()
+        heart.step()
+
+    assert (set(heart.touched), rows(), bound) == ({"a", "b", "c"}, ["a", "b", "c"], "30s")
 
 
 def test_a_runner_that_leaves_takes_its_row_along_unless_a_job_names_it(engine: Engine) -> None:

@@ -271,7 +271,7 @@ def _held(own: OwnConnection) -> Any:
 
     def run() -> None:
         event.listen(connection, "before_cursor_execute", hold, retval=True)
-        parameters: Mapping[str, Any] = {"p_age": DAY, "p_queue": None, "p_others": ["nothing"]}
+        parameters: Mapping[str, Any] = {"p_age": DAY, "p_back": None, "p_queue": None, "p_others": ["nothing"]}
         store.execute(connection, None, PRUNE_COMPLETED, parameters)
 
     return run
@@ -379,7 +379,7 @@ def test_prune_walks_its_index_and_reads_no_more_than_it_deletes(engine: Engine,
         connection.execute(text("VACUUM ANALYZE river_job"))
 
     with engine.begin() as connection:
-        parameters: dict[str, Any] = {"p_age": DAY, "p_queue": None, "p_others": []}
+        parameters: dict[str, Any] = {"p_age": DAY, "p_back": None, "p_queue": None, "p_others": []}
         plan = explain(connection, None, PRUNE_COMPLETED, parameters, plan=mode, settings={"enable_seqscan": "off"})
 
     assert plan.indexes == {"river_job_finalized_idx"}, plan

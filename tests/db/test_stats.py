@@ -99,6 +99,13 @@ def test_a_job_due_since_minus_infinity_is_old_and_no_error(engine: Engine) -> N
     assert oldest > timedelta(days=36_000)
 
 
+@pytest.mark.parametrize("at", ["infinity", "20000-01-01", "2100-01-01"])
+def test_an_available_job_far_ahead_is_not_old_and_no_error(engine: Engine, at: str) -> None:
+    make_jobs(engine, 1, scheduled_at=at)
+
+    assert (look(engine).pending, look(engine).oldest_available) == (1, timedelta(0))
+
+
 def test_jobs_of_the_callers_own_transaction_are_seen(engine: Engine) -> None:
     with Session(engine) as session:
         enqueue(session, Count(1))

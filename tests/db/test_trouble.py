@@ -134,6 +134,8 @@ def test_a_clock_that_differs_is_reported_by_the_heartbeat(
             free=list[str],
             unfinished=list,
             lost=lambda _: None,
+            unknown=lambda _: (),
+            rescued=lambda _: None,
             learnt=lambda _: None,
         ).step()
 

@@ -120,7 +120,7 @@ def _schedule(connection: Connection, _: int) -> bool:
 
 
 def _prune(connection: Connection, _: int) -> bool:
-    over: dict[str, Any] = {"p_age": timedelta(seconds=-1), "p_queue": None, "p_others": []}
+    over: dict[str, Any] = {"p_age": timedelta(seconds=-1), "p_back": None, "p_queue": None, "p_others": []}
     found = [
         store.execute(connection, None, prune, over).rowcount
         for prune in (PRUNE_COMPLETED, PRUNE_CANCELLED, PRUNE_DISCARDED)

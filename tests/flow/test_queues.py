@@ -186,16 +186,19 @@ def test_pause_and_resume_are_events_once_they_are_committed(engine: Engine) -> 
     ]
 
 
-def test_an_open_transaction_that_pauses_holds_up_no_runner(engine: Engine) -> None:
-    (job_id,) = put(engine, 0)
-    with working(engine, nothing):
-        eventually(is_state(engine, job_id, "completed"))
+@pytest.mark.parametrize("first", [False, True], ids=["of a row", "that makes the row"])
+def test_an_open_transaction_that_pauses_holds_up_no_runner(engine: Engine, first: bool) -> None:
+    if not first:
+        (job_id,) = put(engine, 0)
+        with working(engine, nothing):
+            eventually(is_state(engine, job_id, "completed"))
     with Session(engine) as session:
         pause(session, "default")
         (job_id,) = put(engine, 0)
         with working(engine, nothing, poll=SLOW_POLL) as runner:
             assert runner._incarnation is not None
             assert runner._incarnation._heart.beaten
+            assert runner.health().ready
             eventually(is_state(engine, job_id, "completed"))  # the pause is not there before it is committed
         session.rollback()
 

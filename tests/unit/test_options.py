@@ -1,4 +1,5 @@
 import math
+import re
 from collections import UserDict
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from sqla_river.args import JobArgs
 from sqla_river.config import Settings
 from sqla_river.errors import EncodeError, InvalidOptionError
-from sqla_river.options import InsertOptions, check_kind, check_queue, check_schema
+from sqla_river.options import InsertOptions, Retention, check_kind, check_queue, check_schema
 from sqla_river.rows import InsertRow, Place, place
 from sqla_river.states import JobState
 from tests.jobs import Ping, SendSMS
@@ -271,6 +272,28 @@ def test_settings_with_equal_values_are_equal() -> None:
     assert Settings(notify="off") != Settings()
     with pytest.raises(InvalidOptionError, match="notify must be one of transaction, after_commit, off"):
         Settings(notify="never")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"completed": timedelta.max}, "completed must be from 0 to 36500 days, got 999999999 days"),
+        ({"discarded": timedelta(days=-1)}, "discarded must be from 0 to 36500 days, got -1 day"),
+        ({"cancelled": 3_600}, "cancelled must be a timedelta or None, got 3600"),
+        ({"queues": {"No queue": Retention()}}, "queue must be 1 to 64 lower case letters"),
+        ({"queues": {"a": timedelta(days=1)}}, "queue 'a' must have a Retention without queues of its own"),
+        ({"queues": {"a": Retention(queues={"b": Retention()})}}, "queue 'a' must have a Retention without queues"),
+    ],
+)
+def test_a_retention_that_no_sweep_could_keep_is_refused_at_once(said: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidOptionError, match=re.escape(why)):
+        Retention(**said)
+
+
+def test_a_retention_may_be_nothing_a_century_or_for_ever() -> None:
+    ages = Retention(completed=timedelta(0), cancelled=timedelta(days=36_500), discarded=None)
+
+    assert Retention(queues={"audit": ages}).queues["audit"] is ages
 
 
 SECOND = timedelta(seconds=1)

@@ -24,7 +24,7 @@ WHERE due.queue = q.queue AND due.state = 'scheduled') AS scheduled, (SELECT cou
 FROM due
 WHERE due.queue = q.queue AND due.state = 'retryable') AS retryable, (SELECT count(*) AS count_6
 FROM running) AS all_running, (SELECT count(*) AS count_7
-FROM due) AS all_due, (SELECT clock_timestamp() - greatest(min(first.scheduled_at), clock_timestamp() - interval '100 years') AS anon_1
+FROM due) AS all_due, (SELECT clock_timestamp() - greatest(least(min(first.scheduled_at), clock_timestamp()), clock_timestamp() - interval '100 years') AS anon_1
 FROM unnest(CAST('{1,2,3,4}' AS INTEGER[])) AS p(priority)
 JOIN LATERAL (SELECT w.scheduled_at AS scheduled_at
 FROM river_job AS w

@@ -9,6 +9,6 @@ WHERE river_queue.name = held.name) INSERT INTO river_queue (name) SELECT names.
 FROM unnest(%(p_queues)s::TEXT[]) AS names(name)
 WHERE NOT (EXISTS (SELECT river_queue.name
 FROM river_queue
-WHERE river_queue.name = names.name))
+WHERE river_queue.name = names.name)) AND set_config('lock_timeout', '100ms', true) IS NOT NULL
 ORDER BY names.name
 ON CONFLICT DO NOTHING
