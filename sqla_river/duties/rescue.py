@@ -69,6 +69,8 @@ class Isolate:
 
     name = ISOLATION
     every = timedelta(seconds=5)
+    turn = timedelta(minutes=10)
+    """More than `longest` ever says."""
 
     def __init__(
         self,
