@@ -20,6 +20,7 @@ from sqla_river.cli.supervise import Supervisor
 from sqla_river.errors import ConfigError, InvalidOptionError
 from sqla_river.live import Queues
 from sqla_river.runner import Runner
+from sqla_river.signals import taken
 
 LEVELS = ("debug", "info", "warning", "error")
 UNITS = {"": MIB, "K": 1024, "M": MIB, "G": 1024 * MIB}
@@ -165,9 +166,8 @@ def _work(runner: Runner, line: Line | None) -> None:
         if line is None:  # else it is for the supervisor to decide
             signal.raise_signal(signal.SIGTERM)
 
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, hang_up)
-    with told():
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    with taken(() if ignored else (signal.SIGHUP,), hang_up), told():
         runner.run()
 
 
