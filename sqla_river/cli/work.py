@@ -143,8 +143,6 @@ def work(
         watch = Watch(Path.cwd()) if reload else None
         if metrics_port is not None:
             serve_processes(metrics_port)
-        if metrics_port is not None:
-            serve_processes(metrics_port)
         sys.exit(Supervisor(Crew(processes, limits, waits=reload), watch).run())
     runner = find_runner(app)
     if queues is not None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -290,6 +291,16 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
         assert supervisor.returncode == 0, said
 
     assert (ledger.count("old"), ledger.count("newer")) == ({old: 1}, {new: 1})
+
+
+@pytest.mark.parametrize("words", [("--processes", "2"), ("--max-jobs", "1000"), ("--reload",)])
+def test_a_supervisor_answers_on_the_port_that_it_was_given(url: str, ledger: Ledger, words: tuple[str, ...]) -> None:
+    with socket.create_server(("", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    with working(url, ledger.path.parent, *words, "--metrics-port", port) as supervisor:
+        assert f"on port {port}" in read_until(supervisor, ") works")
+        eventually(lambda: got(port, "/readyz") == "ok\n", within=20)
 
 
 def test_a_terminal_that_is_closed_stops_them(url: str, engine: Engine, ledger: Ledger) -> None:
