@@ -7,10 +7,10 @@ import platform
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from typing import Final
 
 import click
-import psycopg
 import sqlalchemy
 from rich import box
 from rich.console import Console
@@ -82,7 +82,7 @@ def _measure(
     versions = {
         "postgresql": ground.server_version(engine),
         "sqlalchemy": sqlalchemy.__version__,
-        "psycopg": psycopg.__version__,
+        "psycopg": metadata.version("psycopg"),
         "python": platform.python_version(),
     }
     told_to = Console(stderr=True, highlight=False)

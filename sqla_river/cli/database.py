@@ -80,14 +80,6 @@ def told() -> Generator[None, None, None]:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
-    except ModuleNotFoundError as error:
-        if error.name != "psycopg":
-            raise
-        raise click.ClickException("psycopg is missing; run pip install 'sqla-river[binary]'") from error
-    except ImportError as error:  # psycopg without libpq
-        if "psycopg" not in str(error) and "pq wrapper" not in str(error):
-            raise
-        raise click.ClickException("psycopg finds no libpq; run pip install 'sqla-river[binary]'") from error
 
 
 def engine_for(url: URL, **options: Any) -> Engine:

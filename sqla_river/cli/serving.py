@@ -8,14 +8,16 @@ import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from socketserver import ThreadingMixIn
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import click
 
 from sqla_river.health import LIMIT, Health
 from sqla_river.logs import Log
-from sqla_river.runner import Runner
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 log: Final = Log(__name__)
 
@@ -89,7 +91,7 @@ class Serving:
         return ["\n".join(health.problems or ("ok",)).encode() + b"\n"]
 
 
-def serve(runner: Runner, port: int, limit: timedelta = LIMIT) -> Serving:
+def serve(runner: "Runner", port: int, limit: timedelta = LIMIT) -> Serving:
     """Serve the metrics and the health of *runner* on *port*, from now on.
 
     Raises:
@@ -116,7 +118,7 @@ def serve_processes(port: int) -> Serving:
     return _serve(port, adapter, adapter.shared_health)
 
 
-def share(runner: Runner) -> None:
+def share(runner: "Runner") -> None:
     """Let the process that called `serve_processes` show the metrics and the health of *runner*."""
     _adapter().watch(runner)
 

@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,8 +19,10 @@ from sqla_river.cli.serving import metrics_port_option, serve, serve_processes, 
 from sqla_river.cli.supervise import Supervisor
 from sqla_river.errors import ConfigError, InvalidOptionError
 from sqla_river.live import Queues
-from sqla_river.runner import Runner
 from sqla_river.signals import taken
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 LEVELS = ("debug", "info", "warning", "error")
 UNITS = {"": MIB, "K": 1024, "M": MIB, "G": 1024 * MIB}
@@ -155,7 +157,7 @@ def work(
     _work(runner, line)
 
 
-def _work(runner: Runner, line: Line | None) -> None:
+def _work(runner: "Runner", line: Line | None) -> None:
     """One process of work, whether it is alone or one of a supervisor's: set up here what each of them needs."""
     if line is not None:
         line.runner = runner
@@ -169,12 +171,14 @@ def _work(runner: Runner, line: Line | None) -> None:
         runner.run()
 
 
-def find_runner(app: str) -> Runner:
+def find_runner(app: str) -> "Runner":
     """Import the Runner that *app*, ``module:name``, names.
 
     Raises:
         click.UsageError: no such module or attribute, or it is something else. What the module raises is left alone.
     """
+    from sqla_river.runner import Runner  # which needs libpq; --help does not
+
     module_name, _, path = app.partition(":")
     if not path or not all(part.isidentifier() for part in module_name.split(".")):
         raise click.UsageError(f"-A is MODULE:NAME, as in shop.worker:runner, got '{app}'")
