@@ -58,7 +58,7 @@ def _hold() -> None:
     Not one with a handler in Python: an exception of that, as KeyboardInterrupt, is lost in what is called at a fork.
     """
     found: dict[int, Any] = {}
-    for before in list(_before):
+    for before in _before:
         found = before | found
     deadly = {number for number, handler in found.items() if handler in (signal.SIG_DFL, None)}
     if deadly:

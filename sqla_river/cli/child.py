@@ -42,7 +42,7 @@ class Line:
         self._files = files
         self._told: set[str] = set()
         self._unsent = b""
-        self.runner: "Runner | None" = None
+        self.runner: Runner | None = None
         """Set once there is one."""
         threading.Thread(target=self._follow, name="sqla_river-line", daemon=True).start()
 

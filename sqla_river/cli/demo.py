@@ -77,7 +77,6 @@ class Demo:
         with self._interrupts.shield():
             _find_shop()
             from shop import jobs, story
-
             from sqla_river.runner import Runner  # which needs libpq; --help does not
 
         engine = self._engine(url)
