@@ -3,6 +3,8 @@
 import atexit
 import importlib
 import os
+import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
@@ -36,8 +38,21 @@ metrics_port_option: Final = click.option(
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
     request_queue_size = 16
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 comes in as well
+        super().server_bind()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):  # a probe may break off when it likes; the base class prints a traceback
+            log.debug("a request of %s broke off: %r", client_address[0], error)
+        else:
+            super().handle_error(request, client_address)
 
 
 class _Handler(WSGIRequestHandler):
