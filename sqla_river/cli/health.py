@@ -33,7 +33,7 @@ def health(url: URL, schema: str | None, as_json: bool) -> None:
         click.echo(json.dumps([_as_json(runner) for runner in runners]))
     elif runners:
         console = new_console()
-        console.print(_table(console, runners))
+        console.print(health_table(console, runners))
     if not any(runner.state == "live" for runner in runners):
         click.echo("no runner lives", err=True)
         raise SystemExit(1)
@@ -52,7 +52,8 @@ def _as_json(runner: RunnerHealth) -> dict[str, object]:
     }
 
 
-def _table(console: Console, runners: list[RunnerHealth]) -> Table:
+def health_table(console: Console, runners: list[RunnerHealth]) -> Table:
+    """One line per runner."""
     table = new_table(console, "runner", "state", "last heartbeat", "up for", "slots")
     for runner in runners:
         slots = " ".join(f"{queue}={slots}" for queue, slots in runner.queues.items())

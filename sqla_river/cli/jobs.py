@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
 
@@ -166,12 +166,18 @@ def show(url: URL, schema: str | None, job_id: int, with_args: bool, as_json: bo
     if not with_args:
         click.echo(f"{'args:':15}hidden; --args shows them")
     for error in errors:
-        if not isinstance(error, dict):  # the column takes any JSON
-            click.echo(printable(f"error: {json.dumps(error, ensure_ascii=False)}"))
-            continue
-        click.echo(printable(f"error in attempt {error.get('attempt')}, {error.get('at')}: {error.get('error')}"))
-        for line in str(error.get("trace") or "").splitlines():
-            click.echo(f"    {printable(line)}")
+        for line in _lines(error):
+            click.echo(printable(line))
+
+
+def _lines(error: object) -> Iterator[str]:
+    """What there is to read of an element of ``errors``, which the column takes though it be no object."""
+    if not isinstance(error, dict):
+        yield f"error: {json.dumps(error, ensure_ascii=False)}"
+        return
+    said = cast("dict[str, Any]", error)
+    yield f"error in attempt {said.get('attempt')}, {said.get('at')}: {said.get('error')}"
+    yield from (f"    {line}" for line in str(said.get("trace") or "").splitlines())
 
 
 def _document(job: Job, *, whole: bool = False, with_args: bool = False) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console, RenderableType
+from rich.console import Console
+from rich.table import Table
 from sqlalchemy import Engine, text
 
 from sqla_river.cli.app import app
-from sqla_river.cli.health import _table as health_table
+from sqla_river.cli.health import health_table
 from sqla_river.cli.screen import WIDE
 from sqla_river.cli.stats import stats_table
 from sqla_river.cli.tables import state_table
@@ -29,7 +30,7 @@ def stats(queue: str) -> QueueStats:
     return QueueStats(queue, 0, 0, 0, 0, MANY, timedelta(hours=5), 12.5, 0.1, frozenset())
 
 
-def shown(make: Callable[[Console], RenderableType], width: int, *, terminal: bool = True) -> str:
+def shown(make: Callable[[Console], Table], width: int, *, terminal: bool = True) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, highlight=False)
     console.print(make(console))
     file: Any = console.file
@@ -47,16 +48,21 @@ def test_stats_show_each_queue_and_each_figure_on_a_terminal_of_any_width(width:
     assert "…" not in said
 
 
+def stats_of(console: Console) -> Table:
+    return stats_table(console, [stats(EVIL)])
+
+
+def states_of(console: Console) -> Table:
+    return state_table(console, "kind", {EVIL: {"completed": 1}})
+
+
+def health_of(console: Console) -> Table:
+    return health_table(console, [RunnerHealth(EVIL, "live", timedelta(0), timedelta(0), {"a": 1}, "1")])
+
+
 @pytest.mark.parametrize("width", [80, WIDE])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda console: stats_table(console, [stats(EVIL)]),
-        lambda console: state_table(console, "kind", {EVIL: {"completed": 1}}),
-        lambda console: health_table(console, [RunnerHealth(EVIL, "live", timedelta(0), timedelta(0), {"a": 1}, "1")]),
-    ],
-)
-def test_names_are_shown_as_they_are(make: Callable[[Console], RenderableType], width: int) -> None:
+@pytest.mark.parametrize("make", [stats_of, states_of, health_of])
+def test_names_are_shown_as_they_are(make: Callable[[Console], Table], width: int) -> None:
     assert SHOWN in shown(make, width)
 
 

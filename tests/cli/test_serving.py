@@ -3,7 +3,8 @@
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -13,9 +14,13 @@ from sqla_river.health import Health
 from tests.making import eventually
 
 
+def no_metrics(_environ: dict[str, Any], _start: Callable[..., Any]) -> list[bytes]:
+    return []
+
+
 @pytest.fixture
 def serving() -> Iterator[Serving]:
-    serving = Serving(0, lambda _environ, _start: [], lambda: Health(True, True, ()))
+    serving = Serving(0, no_metrics, lambda: Health(True, True, ()))
     serving.start()
     yield serving
     serving.stop()
