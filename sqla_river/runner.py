@@ -36,6 +36,7 @@ from sqla_river.options import Retention
 from sqla_river.orders import Orders
 from sqla_river.river import River
 from sqla_river.settle import Scope
+from sqla_river.signals import taken
 from sqla_river.workers import Retry, Workers
 
 if TYPE_CHECKING:
@@ -335,23 +336,24 @@ class Runner:
                 self.ask(step)
 
         threading.Thread(target=follow, name="sqla_river-signals", daemon=True).start()
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.start()
-            incarnation = self._incarnation
-            if incarnation is not None:
-                incarnation.ask(self._step)  # what came before there was one
-            while not self._asked.wait(0.5):
-                if incarnation is not None and incarnation.exhausted:
-                    self.stop()
-                    raise RunnerError("too many handlers hang; this process ends, for its supervisor to start another")
-            self.stop()
+            with taken((signal.SIGTERM, signal.SIGINT), on_signal):
+                self._work()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
             steps.put(None)
             self._step = 0
             self._asked.clear()
+
+    def _work(self) -> None:
+        self.start()
+        incarnation = self._incarnation
+        if incarnation is not None:
+            incarnation.ask(self._step)  # what came before there was one
+        while not self._asked.wait(0.5):
+            if incarnation is not None and incarnation.exhausted:
+                self.stop()
+                raise RunnerError("too many handlers hang; this process ends, for its supervisor to start another")
+        self.stop()
 
     def __enter__(self) -> Self:
         self.start()

@@ -12,9 +12,15 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sqla_river"
 
 FLOORS: list[set[str]] = [
-    {"errors", "states", "ddl", "logs"},  # 0 words and data; standard library only
+    {"errors", "states", "ddl", "logs", "signals"},  # 0 words and data; signals; standard library only
     {"outcomes", "failure", "policy", "rows", "codec", "unique", "loop"},  # 1 plain values and pure rules
-    {"options", "tables", "joblog", "redact"},  # 2 what is allowed; Table objects; secrets, and the log of a job
+    {
+        "options",
+        "tables",
+        "joblog",
+        "redact",
+        "urls",
+    },  # 2 what is allowed; Table objects; secrets, and the log of a job
     {"args", "context", "statements"},  # 3 encode and decode; what a handler sees; every statement
     {"config", "workers", "hooks", "store", "embedded"},  # 4 settings; registry; the door for statements
     {"notify", "bulk", "schema", "listen", "judge"},  # 5 the other doors: only doors execute SQL; what failures ask for
@@ -95,7 +101,7 @@ def _imports_of_the_core(path: Path) -> Iterator[str]:
             )
 
 
-@pytest.mark.parametrize("name", ["errors", "states", "ddl", "logs"])
+@pytest.mark.parametrize("name", ["errors", "states", "ddl", "logs", "signals"])
 def test_words_and_data_need_the_standard_library_only(name: str) -> None:
     import sys
 

@@ -19,16 +19,31 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        with kept():
-            import click
-
-            from sqla_river.cli.app import app
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in {"click", "rich"}:
+        return _told()
+    except ImportError as error:
+        cure = _cure(error)
+        if cure is None:
             raise
-        print(f"sqla-river needs {missing}; run pip install 'sqla-river[cli]'", file=sys.stderr)
+        print(cure, file=sys.stderr)
         return 1
+
+
+def _cure(error: ImportError) -> str | None:
+    """What to say of an import that failed, where it is for want of an extra."""
+    missing = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError):
+        extra = {"click": "cli", "rich": "cli", "psycopg": "binary"}.get(missing)
+        return f"sqla-river needs {missing}; run pip install 'sqla-river[{extra}]'" if extra is not None else None
+    if "no pq wrapper available" in str(error):  # psycopg's words, with the three reasons below them
+        return "psycopg finds no libpq; run pip install 'sqla-river[binary]'"
+    return None
+
+
+def _told() -> int:
+    with kept():
+        import click
+
+        from sqla_river.cli.app import app
     try:
         code: int | None = app.main(prog_name="sqla-river", standalone_mode=False)
     except click.ClickException as error:

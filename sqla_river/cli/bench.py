@@ -7,12 +7,11 @@ import platform
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
 from typing import Final
 
 import click
-import psycopg
 import sqlalchemy
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
@@ -22,6 +21,7 @@ from sqla_river.cli import ground
 from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
 from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Tell, run
+from sqla_river.cli.screen import new_console, new_table
 from sqla_river.schema import create_all
 
 POOL: Final = 5
@@ -82,7 +82,7 @@ def _measure(
     versions = {
         "postgresql": ground.server_version(engine),
         "sqlalchemy": sqlalchemy.__version__,
-        "psycopg": psycopg.__version__,
+        "psycopg": metadata.version("psycopg"),
         "python": platform.python_version(),
     }
     told_to = Console(stderr=True, highlight=False)
@@ -94,7 +94,7 @@ def _measure(
         found = [figure._asdict() for figure in figures]
         click.echo(json.dumps({"settings": settings._asdict(), "versions": versions, "figures": found}, indent=2))
     else:
-        console = Console(highlight=False)
+        console = new_console()
         console.print(_table(console, figures))
         said = ", ".join(f"{name} {version}" for name, version in versions.items())
         console.print(f"{said}; {where}; {os.cpu_count()} cores", markup=False, soft_wrap=True)
@@ -113,8 +113,7 @@ def _shown(console: Console, profile: str) -> Generator[Tell]:
 
 
 def _table(console: Console, figures: list[Figure]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
-    table.add_column("profile")
+    table = new_table(console, "profile")
     table.add_column("what", no_wrap=True)
     table.add_column("figure", justify="right", no_wrap=True)
     table.add_column("unit", no_wrap=True)

@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sqla_river.cli.crew import GRACE
-from sqla_river.runner import Runner
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 log: Final = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class Line:
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _tell(self, runner: Runner | None) -> None:
+    def _tell(self, runner: "Runner | None") -> None:
         """Send what is new, as far as that goes without waiting: a supervisor may be frozen."""
         if not self._unsent:
             word: dict[str, Any] = {}

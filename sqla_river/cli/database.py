@@ -5,31 +5,19 @@ from collections.abc import Callable, Generator
 from typing import Any, Final, TypeVar
 
 import click
-from sqlalchemy import URL, Engine, NullPool, create_engine, make_url
+from sqlalchemy import URL, Engine, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river.errors import InvalidOptionError, RiverError
 from sqla_river.options import check_schema
+from sqla_river.urls import parse_url
 
-DRIVER: Final = "postgresql+psycopg"
 CONNECT_TIMEOUT: Final = 10
 """Seconds; libpq's own is none."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 URL_SOURCES: Final = ("SQLA_RIVER_DATABASE_URL", "DATABASE_URL")
-
-
-def parse_url(value: str) -> URL:
-    """A URL as PostgreSQL, Heroku or SQLAlchemy write it, whatever its driver."""
-    scheme, colon, rest = value.partition("://")
-    try:
-        url = make_url(f"postgresql://{rest}" if scheme == "postgres" else f"{scheme}{colon}{rest}")
-    except Exception:  # noqa: BLE001 - whatever it is, its text may quote the password
-        raise click.BadParameter("not a database URL; write postgresql://user:password@host:5432/database") from None
-    if url.get_backend_name() != "postgresql":
-        raise click.BadParameter(f"sqla_river needs postgresql://..., got '{url.get_backend_name()}'")
-    return url.set(drivername=DRIVER)
 
 
 def parse_schema(_ctx: click.Context, _option: click.Parameter, value: str | None) -> str | None:
@@ -46,7 +34,10 @@ def database_option(*, required: bool, meaning: str) -> Callable[[F], F]:
     def parse(_ctx: click.Context, _option: click.Parameter, value: str | None) -> URL | None:
         if value is None and required:
             raise click.UsageError(f"name a database: by --database-url, or by {' or '.join(URL_SOURCES)}")
-        return None if value is None else parse_url(value)
+        try:
+            return None if value is None else parse_url(value)
+        except InvalidOptionError as error:
+            raise click.BadParameter(str(error)) from None
 
     return click.option(
         "--database-url",
@@ -80,14 +71,6 @@ def told() -> Generator[None, None, None]:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
-    except ModuleNotFoundError as error:
-        if error.name != "psycopg":
-            raise
-        raise click.ClickException("psycopg is missing; run pip install 'sqla-river[binary]'") from error
-    except ImportError as error:  # psycopg without libpq
-        if "psycopg" not in str(error) and "pq wrapper" not in str(error):
-            raise
-        raise click.ClickException("psycopg finds no libpq; run pip install 'sqla-river[binary]'") from error
 
 
 def engine_for(url: URL, **options: Any) -> Engine:

@@ -20,7 +20,6 @@ from sqla_river.cli import ground
 from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
 from sqla_river.cli.tables import state_table
-from sqla_river.runner import Runner
 from sqla_river.schema import create_all
 
 HURRY: Final = {"SHOP_PAY_WITHIN": "5", "SHOP_SMS_PAUSE": "1", "SHOP_EMAIL_PAUSE": "1", "SHOP_SENDING_TAKES": "0.05"}
@@ -78,6 +77,7 @@ class Demo:
         with self._interrupts.shield():
             _find_shop()
             from shop import jobs, story
+            from sqla_river.runner import Runner  # which needs libpq; --help does not
 
         engine = self._engine(url)
         create_all(engine)

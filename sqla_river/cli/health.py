@@ -3,13 +3,13 @@
 import json
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL
 
 from sqla_river.check import check_schema
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.cli.screen import cell, new_console, new_table
 from sqla_river.cli.stats import age_of
 from sqla_river.errors import SchemaError
 from sqla_river.health import RunnerHealth, fleet
@@ -32,8 +32,8 @@ def health(url: URL, schema: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_as_json(runner) for runner in runners]))
     elif runners:
-        console = Console(highlight=False)
-        console.print(_table(console, runners))
+        console = new_console()
+        console.print(health_table(console, runners))
     if not any(runner.state == "live" for runner in runners):
         click.echo("no runner lives", err=True)
         raise SystemExit(1)
@@ -52,11 +52,11 @@ def _as_json(runner: RunnerHealth) -> dict[str, object]:
     }
 
 
-def _table(console: Console, runners: list[RunnerHealth]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
-    for name in ("runner", "state", "last heartbeat", "up for", "slots"):
-        table.add_column(name)
+def health_table(console: Console, runners: list[RunnerHealth]) -> Table:
+    """One line per runner."""
+    table = new_table(console, "runner", "state", "last heartbeat", "up for", "slots")
     for runner in runners:
         slots = " ".join(f"{queue}={slots}" for queue, slots in runner.queues.items())
-        table.add_row(runner.id, runner.state, f"{age_of(runner.silent)} ago", age_of(runner.age), slots)
+        cells = (runner.id, runner.state, f"{age_of(runner.silent)} ago", age_of(runner.age), slots)
+        table.add_row(*map(cell, cells))
     return table

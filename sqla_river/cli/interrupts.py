@@ -7,6 +7,8 @@ from collections.abc import Generator
 from types import FrameType
 from typing import Final
 
+from sqla_river.signals import take, taken
+
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -27,13 +29,8 @@ def kept() -> Generator[None, None, None]:
 
     ours = threading.current_thread() is threading.main_thread()
     ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
+    with taken((signal.SIGINT,) if ours else (), note):
         yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     if came:
         raise KeyboardInterrupt
 
@@ -49,9 +46,7 @@ class Interrupts:
         self.number: int | None = None
         """The signal that came."""
         self._armed = True
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._note)
+        take([number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN], self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.number is None:

@@ -3,16 +3,12 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar, cast
 
 import attrs
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import URL, ColumnElement, Select, func, select
 from sqlalchemy.orm import Session
 
@@ -20,6 +16,7 @@ from sqla_river import river
 from sqla_river.admin import Changed
 from sqla_river.check import require_schema
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.cli.screen import cell, new_console, new_table, printable
 from sqla_river.listing import LARGEST_PAGE
 from sqla_river.models import Job
 from sqla_river.states import JobState
@@ -127,16 +124,16 @@ def list_(url: URL, schema: str | None, before: int | None, as_json: bool, limit
     with _session(url, schema) as session:
         page = river.list_jobs(session, select(Job).where(*conditions), limit=limit)
         documents = [_document(job) for job in page.jobs]
-    console = Console(highlight=False)
+    console = new_console()
     if as_json:
         click.echo(_json(documents))
     elif not console.is_terminal:
         for job in page.jobs:
             click.echo("\t".join(_cells(job)))
     else:
-        table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+        table = new_table(console, *COLUMNS)
         for job in page.jobs:
-            table.add_row(*map(Text, _cells(job)))
+            table.add_row(*map(cell, _cells(job)))
         console.print(table if page.jobs else "no jobs")
         if page.after is not None:
             console.print(f"there are more: --before {page.jobs[-1].id}")
@@ -162,16 +159,25 @@ def show(url: URL, schema: str | None, job_id: int, with_args: bool, as_json: bo
     if as_json:
         click.echo(_json(document))
         return
-    errors: list[dict[str, Any]] = document.pop("errors")
+    errors: list[Any] = document.pop("errors")
     for name, value in document.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        click.echo(f"{name + ':':15}{_escaped(text)}" if value is not None else f"{name + ':':15}-")
+        click.echo(f"{name + ':':15}{printable(text)}" if value is not None else f"{name + ':':15}-")
     if not with_args:
         click.echo(f"{'args:':15}hidden; --args shows them")
     for error in errors:
-        click.echo(_escaped(f"error in attempt {error.get('attempt')}, {error.get('at')}: {error.get('error')}"))
-        for line in str(error.get("trace") or "").splitlines():
-            click.echo(f"    {_escaped(line)}")
+        for line in _lines(error):
+            click.echo(printable(line))
+
+
+def _lines(error: object) -> Iterator[str]:
+    """What there is to read of an element of ``errors``, which the column takes though it be no object."""
+    if not isinstance(error, dict):
+        yield f"error: {json.dumps(error, ensure_ascii=False)}"
+        return
+    said = cast("dict[str, Any]", error)
+    yield f"error in attempt {said.get('attempt')}, {said.get('at')}: {said.get('error')}"
+    yield from (f"    {line}" for line in str(said.get("trace") or "").splitlines())
 
 
 def _document(job: Job, *, whole: bool = False, with_args: bool = False) -> dict[str, Any]:
@@ -199,17 +205,12 @@ def _cells(job: Job) -> tuple[str, ...]:
     return (
         str(job.id),
         job.state.value,
-        _escaped(job.kind),
-        _escaped(job.queue),
+        printable(job.kind),
+        printable(job.queue),
         str(job.priority),
         f"{job.attempt}/{job.max_attempts}",
         f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z",
     )
-
-
-def _escaped(text: str) -> str:
-    """*text* on one line, without what would steer a terminal: anybody may have put it into the database."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _json(value: object) -> str:

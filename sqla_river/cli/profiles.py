@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 
 import attrs
 from sqlalchemy import Engine, func, select, text
@@ -13,9 +13,11 @@ from sqlalchemy.orm import Session
 from sqla_river.context import JobContext
 from sqla_river.models import Job
 from sqla_river.river import enqueue, enqueue_many
-from sqla_river.runner import Runner
 from sqla_river.states import JobState
 from sqla_river.workers import Workers
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 Handlers = Literal["threads", "asyncio"]
 Tell = Callable[[int, int], None]
@@ -186,7 +188,9 @@ def run(profile: str, engine: Engine, settings: Settings, tell: Tell) -> list[Fi
 
 
 @contextmanager
-def _working(engine: Engine, settings: Settings, note: Callable[[int], None]) -> Generator[Runner]:
+def _working(engine: Engine, settings: Settings, note: Callable[[int], None]) -> "Generator[Runner]":
+    from sqla_river.runner import Runner  # which needs libpq; --help does not
+
     workers = Workers()
     if settings.handlers == "asyncio":
 

@@ -8,21 +8,16 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 import click
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from sqlalchemy import URL, Connection
 
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.cli.screen import cell, new_console, new_table
 from sqla_river.errors import SchemaError
 from sqla_river.queues import EVERY_QUEUE, QueueInfo
 from sqla_river.river import list_queues, pause, resume
 from sqla_river.schema import installed_version
 
 F = TypeVar("F", bound=Callable[..., Any])
-WIDE = 10_000
-"""Columns of a pipe: a line is never broken there."""
 
 
 @click.group("queues")
@@ -96,15 +91,11 @@ def _show(found: Sequence[QueueInfo], as_json: bool) -> None:
     if not found:
         click.echo("no queues")
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDE
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
-    for name in ("queue", "paused since (UTC)", "last touched (UTC)", "metadata"):
-        table.add_column(name, overflow="fold")
+    console = new_console()
+    table = new_table(console, "queue", "paused since (UTC)", "last touched (UTC)", "metadata")
     for info in found:
         cells = (info.name, _moment(info.paused_at), _moment(info.updated_at), _noted(info.metadata))
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(cell(each) for each in cells))
     console.print(table)
 
 
@@ -124,8 +115,3 @@ def _moment(at: datetime | None) -> str:
 
 def _noted(metadata: object) -> str:
     return json.dumps(metadata) if metadata else ""
-
-
-def _printable(text: str) -> str:
-    """*text* without what a terminal would obey: anybody may write a row."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -3,12 +3,14 @@
 import atexit
 import importlib
 import os
+import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from socketserver import ThreadingMixIn
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import click
@@ -16,7 +18,9 @@ import click
 from sqla_river.cli.database import told
 from sqla_river.health import LIMIT, Health
 from sqla_river.logs import Log
-from sqla_river.runner import Runner
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 log: Final = Log(__name__)
 
@@ -35,8 +39,21 @@ metrics_port_option: Final = click.option(
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
     request_queue_size = 16
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # IPv4 comes in as well
+        super().server_bind()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exception()
+        if isinstance(error, OSError):  # a probe may break off when it likes; the base class prints a traceback
+            log.debug("a request of %s broke off: %r", client_address[0], error)
+        else:
+            super().handle_error(request, client_address)
 
 
 class _Handler(WSGIRequestHandler):
@@ -90,7 +107,7 @@ class Serving:
         return ["\n".join(health.problems or ("ok",)).encode() + b"\n"]
 
 
-def serve(runner: Runner, port: int, limit: timedelta = LIMIT) -> Serving:
+def serve(runner: "Runner", port: int, limit: timedelta = LIMIT) -> Serving:
     """Serve the metrics and the health of *runner* on *port*, from now on.
 
     Raises:
@@ -119,7 +136,7 @@ def serve_processes(port: int) -> Serving:
     return _serve(port, adapter, adapter.shared_health)
 
 
-def share(runner: Runner) -> None:
+def share(runner: "Runner") -> None:
     """Let the process that called `serve_processes` show the metrics and the health of *runner*."""
     adapter = _adapter()
     with told():

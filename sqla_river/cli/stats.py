@@ -2,12 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
 import click
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -15,6 +14,7 @@ from rich.text import Text
 from sqlalchemy import URL, Connection
 
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.cli.screen import cell, fits, new_console, new_table
 from sqla_river.cli.tables import LIFE
 from sqla_river.errors import SchemaError
 from sqla_river.schema import installed_version
@@ -46,7 +46,7 @@ def stats(url: URL, schema: str | None, as_json: bool, watch: bool, every: float
     counted, with a lag of some seconds; finished rows are not looked at. "done/s" and "failed/s" are of the last five
     minutes, "oldest" is how long the first available job has been due.
     """
-    console = Console(highlight=False)
+    console = new_console()
     with told(), engine_for(url).connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")  # a watch must hold no snapshot
         if not installed_version(connection, schema):
@@ -109,20 +109,37 @@ def _as_json(found: Sequence[QueueStats]) -> dict[str, dict[str, Any]]:
 
 
 def stats_table(console: Console, found: Sequence[QueueStats]) -> Table:
-    """One line per queue, one column per state that occurs; plain ASCII in a pipe."""
+    """One line per queue, one column per state that occurs; where that is too wide, one line per figure."""
     states = [state for state in LIFE if any(stats.by_state[state] for stats in found)]
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
-    table.add_column("queue")
+    rows = {stats.queue: _figures(stats, states) for stats in found}
+    table = new_table(console, "queue")
     for name in (*(state.value for state in states), "oldest", "done/s", "failed/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    for stats in found:
-        table.add_row(
-            stats.queue,
-            *(_figure(stats, state) for state in states),
-            "" if stats.oldest_available is None else age_of(stats.oldest_available),
-            *(f"{rate:,.1f}" if rate else "" for rate in (stats.throughput, stats.failures)),
-        )
+    for queue, figures in rows.items():
+        table.add_row(cell(queue), *figures.values())
+    return table if fits(console, table) else _tall(console, rows)
+
+
+def _tall(console: Console, rows: Mapping[str, Mapping[str, str]]) -> Table:
+    table = new_table(console, "queue")
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for queue, figures in rows.items():
+        name = queue
+        for what, figure in figures.items():
+            if figure:
+                table.add_row(cell(name), what, figure)
+                name = ""
     return table
+
+
+def _figures(stats: QueueStats, states: Sequence[JobState]) -> dict[str, str]:
+    return {
+        **{state.value: _figure(stats, state) for state in states},
+        "oldest": "" if stats.oldest_available is None else age_of(stats.oldest_available),
+        "done/s": f"{stats.throughput:,.1f}" if stats.throughput else "",
+        "failed/s": f"{stats.failures:,.1f}" if stats.failures else "",
+    }
 
 
 def _figure(stats: QueueStats, state: JobState) -> str:

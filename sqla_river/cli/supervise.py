@@ -86,7 +86,7 @@ class Supervisor:
         self._watch = watch
         self._processes: dict[Member, Process] = {}
         self._selector = selectors.DefaultSelector()
-        self._has_terminal = sys.stderr.isatty()
+        self._had_terminal = _has_terminal()
 
     def run(self) -> int:
         """The exit code: 0 after a clean stop."""
@@ -171,7 +171,16 @@ class Supervisor:
 
     def _hung_up(self) -> bool:
         """Whether SIGHUP means what it once did: the terminal that we were started on is gone."""
-        return self._has_terminal and not sys.stderr.isatty()
+        return self._had_terminal and not _has_terminal()
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process, wherever its output goes."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

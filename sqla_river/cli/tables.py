@@ -1,7 +1,6 @@
 """`migrate` and `check-db`; and tables on the terminal."""
 
 import click
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL
@@ -10,6 +9,7 @@ from sqla_river import ddl
 from sqla_river import schema as schemas
 from sqla_river.check import check_schema
 from sqla_river.cli.database import database_option, engine_for, schema_option, told
+from sqla_river.cli.screen import cell, new_table
 from sqla_river.states import JobState
 
 LIFE = (
@@ -61,13 +61,12 @@ def check_db(url: URL, schema: str | None) -> None:
 
 
 def state_table(console: Console, what: str, rows: dict[str, dict[str, int]]) -> Table:
-    """One line per row, one column per figure that occurs, states first; plain ASCII in a pipe."""
+    """One line per row, one column per figure that occurs, states first."""
     given = {figure for row in rows.values() for figure in row}
     figures = [state.value for state in LIFE if state in given] + sorted(given.difference(LIFE))
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
-    table.add_column(what)
+    table = new_table(console, what)
     for figure in figures:
         table.add_column(figure, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[figure]:,}" if figure in row else "" for figure in figures))
+        table.add_row(cell(name), *(f"{row[figure]:,}" if figure in row else "" for figure in figures))
     return table

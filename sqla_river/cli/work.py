@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,7 +19,10 @@ from sqla_river.cli.serving import metrics_port_option, serve, serve_processes, 
 from sqla_river.cli.supervise import Supervisor
 from sqla_river.errors import ConfigError, InvalidOptionError
 from sqla_river.live import Queues
-from sqla_river.runner import Runner
+from sqla_river.signals import taken
+
+if TYPE_CHECKING:
+    from sqla_river.runner import Runner
 
 LEVELS = ("debug", "info", "warning", "error")
 UNITS = {"": MIB, "K": 1024, "M": MIB, "G": 1024 * MIB}
@@ -142,8 +145,6 @@ def work(
         watch = Watch(Path.cwd()) if reload else None
         if metrics_port is not None:
             serve_processes(metrics_port)
-        if metrics_port is not None:
-            serve_processes(metrics_port)
         sys.exit(Supervisor(Crew(processes, limits, waits=reload), watch).run())
     runner = find_runner(app)
     if queues is not None:
@@ -156,7 +157,7 @@ def work(
     _work(runner, line)
 
 
-def _work(runner: Runner, line: Line | None) -> None:
+def _work(runner: "Runner", line: Line | None) -> None:
     """One process of work, whether it is alone or one of a supervisor's: set up here what each of them needs."""
     if line is not None:
         line.runner = runner
@@ -165,18 +166,19 @@ def _work(runner: Runner, line: Line | None) -> None:
         if line is None:  # else it is for the supervisor to decide
             signal.raise_signal(signal.SIGTERM)
 
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, hang_up)
-    with told():
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    with taken(() if ignored else (signal.SIGHUP,), hang_up), told():
         runner.run()
 
 
-def find_runner(app: str) -> Runner:
+def find_runner(app: str) -> "Runner":
     """Import the Runner that *app*, ``module:name``, names.
 
     Raises:
         click.UsageError: no such module or attribute, or it is something else. What the module raises is left alone.
     """
+    from sqla_river.runner import Runner  # which needs libpq; --help does not
+
     module_name, _, path = app.partition(":")
     if not path or not all(part.isidentifier() for part in module_name.split(".")):
         raise click.UsageError(f"-A is MODULE:NAME, as in shop.worker:runner, got '{app}'")

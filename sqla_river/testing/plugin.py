@@ -39,7 +39,9 @@ def river_server(request: "pytest.FixtureRequest") -> str:
     config = request.config
     given = config.getoption("--river-url") or config.getini("river_url") or os.environ.get("SQLA_RIVER_TEST_URL")
     if given:
-        return str(given)
+        from sqla_river.urls import parse_url
+
+        return parse_url(str(given)).render_as_string(hide_password=False)
     postgres: EmbeddedPostgres = request.getfixturevalue("embedded_postgres")
     return postgres.url()
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -292,9 +293,25 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
     assert (ledger.count("old"), ledger.count("newer")) == ({old: 1}, {new: 1})
 
 
-def test_a_terminal_that_is_closed_stops_them(url: str, engine: Engine, ledger: Ledger) -> None:
+@pytest.mark.parametrize("words", [("--processes", "2"), ("--max-jobs", "1000"), ("--reload",)])
+def test_a_supervisor_answers_on_the_port_that_it_was_given(url: str, ledger: Ledger, words: tuple[str, ...]) -> None:
+    with socket.create_server(("", 0)) as free:
+        port = str(free.getsockname()[1])
+
+    with working(url, ledger.path.parent, *words, "--metrics-port", port) as supervisor:
+        assert f"on port {port}" in read_until(supervisor, ") works")
+        eventually(lambda: got(port, "/readyz") == "ok\n", within=20)
+        supervisor.terminate()
+        said, _ = supervisor.communicate(timeout=30)
+        assert supervisor.returncode == 0, said
+
+
+@pytest.mark.parametrize("where", ["", "2>log", ">log 2>log"])
+def test_a_terminal_that_is_closed_stops_them_wherever_they_write(
+    url: str, engine: Engine, ledger: Ledger, where: str
+) -> None:
     terminal = "import pty, sys; pty.spawn(sys.argv[1:])"
-    command = [sys.executable, "-c", terminal, *COMMAND]
+    command = [sys.executable, "-c", terminal, "sh", "-c", f'exec "$@" {where}', "sh", *COMMAND]
     with working(url, ledger.path.parent, "--processes", "2", command=command) as spawner:
         eventually(lambda: len(pids(engine)) == 2, within=30)
         spawner.kill()

@@ -18,6 +18,7 @@ from sqla_river.cli.work import find_runner
 from tests.commands import ROOT, ask, environment, read_until, run, start, wait_for
 
 COMMANDS = ("demo", "migrate", "stats")
+LACKING = (["work", "-A", "greeting:runner"], ["stats"], ["jobs", "list"], ["bench", "insert"])
 HURRY = {"SHOP_PAY_WITHIN": "2", "SHOP_SMS_PAUSE": "0.2", "SHOP_SENDING_TAKES": "0.01"}
 SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'sqla_river_demo%'"
 TABLES = "SELECT array_agg(oid::regclass::text ORDER BY oid) FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
@@ -352,3 +353,37 @@ def test_missing_extra_is_named(name: str) -> None:
 
     assert ended.returncode == 1
     assert ended.stderr == f"sqla-river needs {name}; run pip install 'sqla-river[cli]'\n"
+
+
+NO_LIBPQ = """
+import ctypes.util, sys
+sys.modules |= {"psycopg_binary": None, "psycopg_c": None}
+ctypes.util.find_library = lambda name: None
+from sqla_river.cli import main; main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--version"], 0, ""),
+        (["--help"], 0, ""),
+        (["work", "--help"], 0, ""),
+        *((words, 1, "psycopg finds no libpq; run pip install 'sqla-river[binary]'\n") for words in LACKING),
+    ],
+)
+def test_without_libpq_help_is_given_and_all_else_names_the_cure(
+    tmp_path: Path, words: list[str], code: int, said: str
+) -> None:
+    (tmp_path / "greeting.py").write_text(WORKER.format(url="postgresql+psycopg://"))
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_LIBPQ, *words],
+        cwd=tmp_path,
+        env=environment({"DATABASE_URL": "postgresql://nowhere.invalid/db"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stderr) == (code, said)
+    assert bool(ended.stdout) == (code == 0)

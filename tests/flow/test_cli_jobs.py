@@ -62,7 +62,7 @@ def on_a_terminal(engine: Engine, *words: str, answer: str | None = None) -> tup
     while True:
         if not select.select([ours], [], [], 0.5)[0]:
             assert time.monotonic() < deadline, said
-            if answer is None and said:  # one that came just before it began to read woke nobody: press again
+            if answer is None and said.rstrip().endswith(b"[y/N]:"):  # one just before it read woke nobody: press again
                 process.send_signal(signal.SIGINT)
             continue
         try:
@@ -133,6 +133,24 @@ def test_show_tells_all_but_the_args_unless_asked(engine: Engine) -> None:
         1,
         "Error: job 4711 does not exist; it may have been pruned or deleted\n",
     )
+
+
+def test_show_takes_errors_that_are_no_objects(engine: Engine) -> None:
+    job_id = make_job(engine, state="discarded")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE river_job SET errors = ARRAY['\"\\u001b[m\"', '[1, 2]', 'null', '{}']::jsonb[]"
+        )
+
+    shown = run(engine, "show", str(job_id))
+
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[-4:] == [
+        r'error: "\u001b[m"',
+        "error: [1, 2]",
+        "error: null",
+        "error in attempt None, None: None",
+    ]
 
 
 def test_what_would_steer_a_terminal_is_escaped(engine: Engine) -> None:

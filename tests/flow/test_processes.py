@@ -17,6 +17,7 @@ from sqlalchemy import Engine, text
 import sqla_river
 from sqla_river import Runner, Workers
 from sqla_river.errors import RunnerError
+from tests.commands import read_until
 from tests.making import (
     Gate,
     count_states,
@@ -192,6 +193,75 @@ def test_a_process_that_ends_gives_back_the_jobs_of_each_runner_that_nobody_stop
     assert (row["state"], row["attempt"]) == ("available", 0)
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM river_runner")).scalar() == 0
+
+
+FORKING: Final = """
+import multiprocessing, os, signal, sys, warnings
+from sqlalchemy import create_engine
+from sqla_river import Runner, Workers
+from tests.making import Count
+
+warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, as this one is
+fork = multiprocessing.get_context("fork")
+workers = Workers()
+
+def stay(lives):
+    lives.set()
+    signal.pause()
+
+def ends_at(number):
+    lives = fork.Event()
+    child = fork.Process(target=stay, args=(lives,), daemon=True)
+    child.start()
+    if number != signal.SIGTERM:  # which ends one that has not come to itself yet, too
+        lives.wait(20)
+    os.kill(child.pid, number)
+    child.join(5)
+    code = child.exitcode
+    child.kill()
+    return code
+
+@workers.register(Count)
+def work(job):
+    found = {number: {ends_at(number) for _ in range(10)} for number in (signal.SIGTERM, signal.SIGINT)}
+    print("ended", found == {signal.SIGTERM: {-signal.SIGTERM}, signal.SIGINT: {1}}, found, flush=True)
+    with fork.Pool(2) as pool:
+        print(pool.map(abs, [-1, -2]), flush=True)
+    left = fork.Process(target=signal.pause, daemon=True)
+    left.start()
+    print("left", left.pid, flush=True)
+
+Runner(create_engine(sys.argv[1]), workers, queues={"default": 1}).run()
+"""
+
+
+def test_children_that_a_handler_forks_obey_signals_as_if_there_were_no_runner(url: str, engine: Engine) -> None:
+    make_job(engine)
+    command = [sys.executable, "-c", FORKING, url]
+
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the traces of the interrupted children
+        text=True,
+        start_new_session=True,
+    ) as running:
+        watchdog = threading.Timer(60, os.killpg, (running.pid, signal.SIGKILL))
+        watchdog.start()
+        said = read_until(running, "left")
+        child = int(said.split()[-1])
+        eventually(lambda: count_states(engine) == {"completed": 1}, within=20)
+        running.terminate()  # and multiprocessing ends its daemons with it
+        running.communicate()
+        watchdog.cancel()
+
+    assert "ended True" in said
+    assert "[1, 2]" in said
+    assert running.returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:

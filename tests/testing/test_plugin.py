@@ -144,6 +144,21 @@ def test_without_a_server_it_starts_one_and_the_option_beats_ini_and_environment
     run(pytester, "--river-url", "postgresql+psycopg://nowhere.invalid/option").assert_outcomes(passed=1)
 
 
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
+def test_a_url_may_be_of_any_scheme_of_postgresql(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv("SQLA_RIVER_TEST_URL", f"{scheme}://me:it%40@nowhere.invalid/db")
+    pytester.makepyfile(
+        """
+        def test_which(river_server):
+            assert river_server == "postgresql+psycopg://me:it%40@nowhere.invalid/db"
+        """
+    )
+
+    run(pytester).assert_outcomes(passed=1)
+
+
 def test_a_run_that_has_nothing_to_do_with_it_pays_nothing(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
