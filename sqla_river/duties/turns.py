@@ -18,6 +18,8 @@ _JITTER: Final = 0.25
 """Seconds over which the runners of a fleet spread their looks."""
 _FIRST_RETRY: Final = 1.0
 _LONGEST_RETRY: Final = 60.0
+_LONGEST_WAIT: Final = timedelta(seconds=10)
+"""More than the bound on waits for locks."""
 
 
 class Duty(Protocol):
@@ -125,6 +127,8 @@ def _is_due(duty: Duty, due_in: float) -> bool:
 
 
 def _furthest(duty: Duty) -> timedelta:
-    """How far ahead *duty* can be due: after it was done, after it has failed, or for a turn that it takes."""
+    """How far ahead *duty* can be due: after it was done, after it has failed, or for a turn that it takes; by the
+    clock of a statement that began before it was postponed, and waited.
+    """
     turn: timedelta = getattr(duty, "turn", duty.every)
-    return max(duty.every, turn, timedelta(seconds=_LONGEST_RETRY))
+    return max(duty.every, turn, timedelta(seconds=_LONGEST_RETRY)) + _LONGEST_WAIT
