@@ -252,7 +252,10 @@ def test_the_mode_off_says_nothing(engine: Engine, ear: Ear) -> None:
 
 
 def test_a_job_whose_statement_was_never_sent_has_announced_nothing(url: str, ear: Ear, inside: River[Any]) -> None:
-    other = create_engine(url, json_serializer=orjson.dumps)  # which refuses 2**70
+    def serialize(value: object) -> bytes:
+        return orjson.dumps(value)  # which refuses 2**70
+
+    other = create_engine(url, json_serializer=serialize)
     with other.begin() as connection:
         with pytest.raises(TypeError):
             inside.enqueue(connection, Ping(2**70))

@@ -22,7 +22,7 @@ from sqla_river.asyncio import enqueue, wait_for
 from sqla_river.errors import RunnerError
 from sqla_river.ext.asgi import lifespan, running
 from tests.database import emptied, shared_database
-from tests.making import Count, Gate, count_states
+from tests.making import Count, Gate, count_states, eventually
 from tests.working import SLOW_POLL, handling, nothing, put
 
 SOON = timedelta(seconds=60)
@@ -228,7 +228,7 @@ def test_a_cancellation_during_the_start_leaves_nothing_running(engine: Engine) 
 
     asyncio.run(go())
     assert runner.id is None
-    assert not [thread for thread in threading.enumerate() if thread.name == "sqla_river-asgi"]
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "sqla_river-asgi"])
 
 
 def test_a_scope_of_anyio_that_is_cancelled_waits_for_the_stop_without_hurrying_it(engine: Engine) -> None:

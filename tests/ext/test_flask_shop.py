@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException, WebDriverException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -68,8 +68,11 @@ def browser(tmp_path: Path) -> Iterator[Chrome]:
     browser.quit()
 
 
-_CHANGING = (StaleElementReferenceException, NoSuchElementException)
-"""What a look may come upon while the page loads anew: it is asked again."""
+def _changes(error: WebDriverException) -> bool:
+    """Whether a look came upon a page that loads anew: it is asked again. One case of it Chromium tells by no name."""
+    return isinstance(error, StaleElementReferenceException | NoSuchElementException) or (
+        "does not belong to the document" in str(error)
+    )
 
 
 class Reader:
@@ -82,7 +85,9 @@ class Reader:
     def text(self, css: str) -> str:
         try:
             return self._browser.find_element(By.CSS_SELECTOR, css).text
-        except _CHANGING:
+        except WebDriverException as error:
+            if not _changes(error):
+                raise
             return ""
 
     def wait(self, css: str, *parts: str) -> None:
@@ -93,7 +98,9 @@ class Reader:
         def clicked() -> bool:
             try:
                 self._browser.find_element(By.CSS_SELECTOR, css).click()
-            except _CHANGING:
+            except WebDriverException as error:
+                if not _changes(error):
+                    raise
                 return False
             return True
 
