@@ -70,10 +70,8 @@ class Threads:
             self._calling = True
             self._called = time.monotonic(), self._begun
             self._calls.put(True)
-        elif self._calls.empty():
-            return
-        if self._made < self._most:  # also where those that there were at the last call are busy since
-            self._make_one()
+            if self._made < self._most:
+                self._make_one()
 
     def _make_one(self) -> None:
         """Make a thread that heeds the call, unless one sleeps."""
