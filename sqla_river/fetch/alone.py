@@ -91,15 +91,16 @@ class Turn:
         return self._alone_until - now
 
     def _end(self, now: float, *, in_vain: bool) -> None:
-        if self._ran:
-            self._in_vain = 0
-        elif in_vain:  # a long job runs here: it must not cost the runner more than a tenth of its time
+        if in_vain and not self._ran:
             log.remind(
-                "a job that met the deaths of two runners waits to run alone, and no slot ran empty within %.0f s; "
-                "start a runner beside this one, or stop one",
+                "a job that met the deaths of two runners waits to run alone, and the slots did not run empty within "
+                "%.0f s; start a runner beside this one, or stop one",
                 self._patience,
             )
             self._in_vain += 1
+        else:
+            self._in_vain = 0
+        if not self._ran:  # a long job runs here, or it is locked: that may cost no more than a tenth of the time
             self._not_before = now + 9 * (now - self._began)
         self._own.execute(CLEAR_ALONE, {"p_id": self._runner_id})
         self._own.execute(POSTPONE_DUTY, {"p_name": ISOLATION, "p_after": timedelta(0)})

@@ -13,23 +13,25 @@ from sqla_river.fetch import alone
 from tests.making import Count, make_job, opened
 
 
+def _suspect(engine: Engine) -> None:
+    suspect = make_job(engine, attempt=2)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO river_suspect VALUES (:id, 2, 0)"), {"id": suspect})
+
+
+def _asked() -> Mapping[str, Any]:
+    return {"p_queues": ["default"], "p_kinds": [Count.kind]}
+
+
 def test_a_runner_waits_longer_for_its_slots_to_run_empty_after_each_turn_in_vain_and_says_so(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = [1_000.0]
     monkeypatch.setattr(alone, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    suspect = make_job(engine, attempt=2)
-    with engine.begin() as connection:
-        connection.execute(
-            text("INSERT INTO river_suspect (job_id, deaths, alone) VALUES (:id, 2, 0)"), {"id": suspect}
-        )
-
-    def asked() -> Mapping[str, Any]:
-        return {"p_queues": ["default"], "p_kinds": [Count.kind]}
-
+    _suspect(engine)
     waited: list[float] = []
     with opened(engine) as own:
-        turn = alone.Turn(own, "test", asked, lambda: None)
+        turn = alone.Turn(own, "test", _asked, lambda: None)
         for _ in range(6):
             while not turn.begin(own):
                 now[0] += 1
@@ -42,3 +44,23 @@ def test_a_runner_waits_longer_for_its_slots_to_run_empty_after_each_turn_in_vai
 
     assert waited == [30, 60, 120, 240, 480, 480]
     assert caplog.text.count("waits to run alone") == 1
+
+
+def test_a_turn_whose_suspect_somebody_has_locked_is_not_taken_again_at_once(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [1_000.0]
+    monkeypatch.setattr(alone, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    _suspect(engine)
+    with opened(engine) as own:
+        turn = alone.Turn(own, "test", _asked, lambda: None)
+        assert turn.begin(own)
+        now[0] += 5  # for the slots to run empty
+        turn.step(busy=False, fetch=lambda: False)
+        assert not turn.on
+        again = [turn.begin(own)]
+        now[0] += 46
+        again.append(turn.begin(own))
+
+    assert again == [False, True]
+    assert "waits to run alone" not in caplog.text
