@@ -2,13 +2,13 @@
 
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Double, Text, and_, bindparam, cast, extract, func, or_, select, update
+from sqlalchemy import ColumnElement, Double, Text, bindparam, cast, extract, func, select, true, update
 
 from sqla_river.statements.words import (
     MOMENT,
     NOW,
+    cannot_take_key,
     discarded_if,
-    holds_key,
     job,
     literal,
     notification,
@@ -29,7 +29,6 @@ def schedule_due(
     limit: ColumnElement[Any] = _MOST,
 ) -> Any:
     """The statement for what is due at *now*."""
-    holder = job.alias("holder")
     due = (
         select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"))
         .where(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= now, *conditions)
@@ -38,19 +37,7 @@ def schedule_due(
         .with_for_update(skip_locked=True, of=w)
         .cte("due")
     )
-    judged = select(
-        due.c.id,
-        and_(
-            due.c.takes,
-            or_(
-                select(holder.c.id)
-                .where(holds_key(holder, due.c.unique_key), holder.c.id != due.c.id)
-                .correlate(due)
-                .exists(),
-                func.row_number().over(partition_by=due.c.unique_key, order_by=due.c.id) > literal("1"),
-            ),
-        ).label("taken"),
-    ).cte("judged")
+    judged = select(due.c.id, cannot_take_key(due).label("taken")).cte("judged")
     moved = (
         update(job)
         .where(job.c.id == judged.c.id)
@@ -80,7 +67,7 @@ SCHEDULE_DUE: Final = schedule_due(NOW, _briefly)
 
 # Caller: fetch, where that failed: the rows that wait for no key. Index: river_job_due_idx. Locks: up to 1,000 rows,
 # none waited for.
-SCHEDULE_KEYLESS: Final = schedule_due(NOW, ~would_take_key(w))
+SCHEDULE_KEYLESS: Final = schedule_due(NOW, would_take_key(w).is_not(true()))
 
 # Caller: fetch, after it: one of the others, and each time another one, or a key that is not to be had would stand
 # before those that are. Index: river_job_due_idx. Locks: one row, and 100 ms for its key.

@@ -37,8 +37,8 @@ from sqla_river.statements.words import (
     SUSPICIOUS,
     appended,
     array_of,
+    cannot_take_key,
     fence,
-    holds_key,
     job,
     literal,
     notification,
@@ -138,23 +138,13 @@ def _rescue(stuck: CTE, why: ColumnElement[Any], ours: Callable[[CTE], ColumnEle
         .returning(river_suspect.c.job_id, river_suspect.c.deaths, river_suspect.c.alone)
         .cte("counted")
     )
-    holder = job.alias("holder")
     sentence = (
         select(
             stuck.c.id,
             stuck.c.owner,
             counted.c.deaths,
             counted.c.alone,
-            and_(
-                stuck.c.takes,
-                or_(
-                    select(holder.c.id)
-                    .where(holds_key(holder, stuck.c.unique_key), holder.c.id != stuck.c.id)
-                    .correlate(stuck)
-                    .exists(),
-                    func.row_number().over(partition_by=stuck.c.unique_key, order_by=stuck.c.id) > literal("1"),
-                ),
-            ).label("taken"),
+            cannot_take_key(stuck).label("taken"),
         )
         .select_from(stuck.outerjoin(counted, counted.c.job_id == stuck.c.id))
         .cte("sentence")

@@ -21,6 +21,8 @@ from sqlalchemy import (
     cast,
     func,
     literal_column,
+    or_,
+    select,
 )
 from sqlalchemy.dialects.postgresql import array
 from sqlalchemy.ext.compiler import compiles
@@ -178,6 +180,21 @@ def would_take_key(of: Any) -> ColumnElement[bool]:
         of.c.unique_key.is_not(None),
         func.get_bit(of.c.unique_states, literal("7")) == literal("1"),
         ~in_bitmask(of.c.unique_states, of.c.state),
+    )
+
+
+def cannot_take_key(of: Any) -> ColumnElement[bool]:
+    """Of the rows of *of* that would take a key (``takes``): it is held, or another of them comes first."""
+    holder = job.alias("holder")
+    return and_(
+        of.c.takes,
+        or_(
+            select(holder.c.id)
+            .where(holds_key(holder, of.c.unique_key), holder.c.id != of.c.id)
+            .correlate(of)
+            .exists(),
+            func.row_number().over(partition_by=of.c.unique_key, order_by=of.c.id) > literal("1"),
+        ),
     )
 
 

@@ -1,6 +1,6 @@
 WITH due AS (SELECT w.id AS id, w.unique_key AS unique_key, w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state) AS takes
 FROM river_job AS w
-WHERE w.state IN ('retryable', 'scheduled') AND w.scheduled_at <= now() AND NOT (w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state))
+WHERE w.state IN ('retryable', 'scheduled') AND w.scheduled_at <= now() AND (w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state)) IS NOT true
 ORDER BY w.scheduled_at, w.id
 LIMIT 1000
 FOR UPDATE OF w SKIP LOCKED), judged AS (SELECT due.id AS id, due.takes AND ((EXISTS (SELECT holder.id
