@@ -16,7 +16,10 @@ from tests.database import catalog, emptied_tables, end_others, name_exists
 
 _numbers = itertools.count()
 
-settings.register_profile("without a clock", deadline=None)  # what a crowded machine takes is no law
+# What a crowded machine takes is no law; and what lands is judged by examples that are the same each time, while a
+# developer's runs look for new ones. All of them, deeper: `--hypothesis-profile deep -n 2 tests/unit`.
+settings.register_profile("without a clock", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("deep", deadline=None, max_examples=20_000, derandomize=False)
 settings.load_profile("without a clock")
 
 
