@@ -8,11 +8,12 @@ import json
 import re
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final, cast
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river import ddl, store
@@ -75,8 +76,15 @@ def insert_unique(
         row.unique_at(placed.at or now()) for row, placed in zip(rows, places, strict=True) if row.unique_at is not None
     ]
     texts = [
-        _document(row, placed, now, unique_key=key.hex(), unique_states=mask_of(row.unique_states or frozenset()))
-        for row, placed, key in zip(rows, places, keys, strict=True)
+        _document(
+            row,
+            placed,
+            now,
+            unique_key=key.hex(),
+            unique_states=mask_of(row.unique_states or frozenset()),
+            number=number,
+        )
+        for number, (row, placed, key) in enumerate(zip(rows, places, keys, strict=True))
     ]
     found = store.execute(connection, schema, INSERT_UNIQUE_JOBS, {"p_rows": f"[{','.join(texts)}]"})
     new = {bytes(key): job_id for job_id, key in found}
@@ -174,6 +182,10 @@ def _send(connection: Connection, statement: str, block: bytes) -> None:
                 copy.write(block)
     except driver_error as error:
         if dialect.is_disconnect(cast("Any", error), cast("Any", fairy.dbapi_connection), None):
+            with suppress(DBAPIError):
+                # Core finds out by itself, and gives up with it what else its pool has from before; we could only tell
+                # it of this connection, and each other one would fail once more.
+                connection.execute(select(1))
             connection.invalidate(error)
         raise DBAPIError.instance(
             statement, None, error, driver_error, connection_invalidated=connection.invalidated, dialect=dialect

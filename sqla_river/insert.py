@@ -1,8 +1,10 @@
 """Enqueue: jobs join the caller's unit of work. Nothing here commits, and nothing opens a savepoint."""
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -162,7 +164,7 @@ def _ahead(blocks: Iterator[list[InsertRow]], count: int) -> Iterator[list[Inser
         while block is not None:
             coming = None
             with suppress(RuntimeError):
-                coming = encoder.submit(next, blocks, None)
+                coming = encoder.submit(copy_context().run, partial(next, blocks, None))
             yield block
             if coming is None:  # and never again: what it took before it failed, a thread made later would do
                 break
@@ -173,7 +175,9 @@ def _ahead(blocks: Iterator[list[InsertRow]], count: int) -> Iterator[list[Inser
 def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
     """Encoded blocks of bounded size, each whole before any of it is sent: the iterable may use the same session."""
     block: list[InsertRow] = []
-    size = 0
+    size = beside = 0
+    metadata: object = None
+    tags: object = None
     for position, item in enumerate(items):
         try:
             row = settings.row(*_pair(item))
@@ -181,8 +185,11 @@ def _blocks(items: Items, settings: Settings) -> Iterator[list[InsertRow]]:
             raise EncodeError(f"$[{position}]{error.path[1:]}", str(error).removeprefix(f"{error.path}: ")) from error
         except InvalidOptionError as error:
             raise InvalidOptionError(error.option, f"item {position}: {error}") from error
+        if row.metadata is not metadata or row.tags is not tags:  # most have those of their class
+            metadata, tags = row.metadata, row.tags
+            beside = len(json.dumps([dict(row.metadata), list(row.tags)]))
         block.append(row)
-        size += len(row.args)
+        size += len(row.args) + beside
         if len(block) >= BLOCK_ROWS or size >= BLOCK_BYTES:
             yield block
             block, size = [], 0

@@ -125,6 +125,8 @@ class River(JobVerbs[J]):
         """Put many jobs into the caller's transaction, in blocks of 10,000 rows or 8 MiB, few round trips each: two for
         a COPY (one INSERT on other drivers than psycopg 3), one for unique jobs, one to announce new queues.
 
+        Of unique jobs with one key the first is kept. Row-level security refuses COPY, but not `enqueue`.
+
         Pending rows of the Session are flushed first. A block is whole before any of it is sent, so *items* may be a
         generator that uses the same session; memory stays bounded however long it is. Nothing is committed.
 

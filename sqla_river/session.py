@@ -64,10 +64,17 @@ def mark_changed(session: Session | Connection) -> None:
     back, silently.
     """
     zope = sys.modules.get("zope.sqlalchemy")
-    if zope is not None and isinstance(session, Session):
-        joined = sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE
-        if session in joined:
-            zope.mark_changed(session)
+    if zope is None or not isinstance(session, Session):
+        return
+    # By what listens, for it knows its transaction manager. After an abort of a session that is kept, zope has
+    # forgotten that session, whose transaction goes on.
+    for listener in session.dispatch.after_flush:
+        watch = getattr(listener, "__self__", None)
+        if isinstance(watch, zope.ZopeTransactionEvents):
+            watch.mark_changed(session)
+            return
+    if session in sys.modules["zope.sqlalchemy.datamanager"]._SESSION_STATE:  # joined by hand
+        zope.mark_changed(session)
 
 
 def load(session: Session | Connection, job_id: int, job_class: type[J], *, lock: bool = False) -> J:

@@ -165,6 +165,7 @@ _unique: Final = (
         column("scheduled_at", MOMENT),
         column("unique_key", Text),
         column("unique_states", Text),
+        column("number", Integer),
     )
     .render_derived(name="given", with_types=True)
 )
@@ -185,12 +186,12 @@ _values: Final[dict[str, ColumnElement[Any]]] = {
 # Caller: bulk.py, once per block with unique rows. Index: river_job_unique_idx, whose predicate it names. It waits
 # while another open transaction holds one of the keys, which it takes in order: two of these statements cannot
 # deadlock, two transactions of several can. DO NOTHING leaves the row that holds the key alone (River's DO UPDATE locks
-# and rewrites it). The second of a key in one block is a duplicate too.
+# and rewrites it). The second of a key in one block, by their numbers, is a duplicate too.
 INSERT_UNIQUE_JOBS: Final = (
     pg_insert(job)
     .from_select(
         list(_values),
-        select(*_values.values()).select_from(_unique).order_by(_unique.c.unique_key),
+        select(*_values.values()).select_from(_unique).order_by(_unique.c.unique_key, _unique.c.number),
         include_defaults=False,
     )
     .on_conflict_do_nothing(

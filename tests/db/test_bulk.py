@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any, ClassVar, Final, NamedTuple
 
 import attrs
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
@@ -171,6 +172,75 @@ def test_args_that_are_a_tuple_of_two_are_no_args_with_options(engine: Engine) -
         ({"a": 1, "b": 2}, "default"),
         ({"a": 1, "b": 2}, "other"),
     ]
+
+
+@attrs.frozen
+class Said:
+    """Whatever the caller's context says."""
+
+    kind: ClassVar[str] = "said"
+
+
+class SaidCodec:
+    """A codec that goes by what a ContextVar of the caller's holds."""
+
+    def encode(self, args: object) -> bytes:
+        return json.dumps({"said": SAID.get()}).encode()
+
+    def decode(self, args_type: type[Any], text: str) -> Any:
+        raise NotImplementedError
+
+
+SAID: Final = ContextVar[str]("SAID")
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_all_blocks_are_encoded_in_the_context_of_the_caller(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: Callable[[list[Said]], Any]
+) -> None:
+    monkeypatch.setattr(insert, "BLOCK_ROWS", 3)
+    token = SAID.set("here")
+    with Session(engine) as session, session.begin():
+        river_with(codec=SaidCodec()).enqueue_many(session, kind([Said()] * 8))
+    SAID.reset(token)
+
+    assert [row["args"] for row in read_jobs(engine)] == [{"said": "here"}] * 8
+
+
+@pytest.mark.parametrize("options", [{"metadata": {"note": "x" * 2**20}}, {"tags": ["x" * 255] * 4_200}], ids=list)
+def test_a_block_is_bounded_by_all_that_is_sent(engine: Engine, options: dict[str, Any]) -> None:
+    def items(session: Session) -> Iterator[tuple[Ping, InsertOptions]]:
+        for n in range(12):
+            stored.append(session.execute(text("SELECT count(*) FROM river_job")).scalar_one())
+            yield Ping(n), InsertOptions(**options)
+
+    stored: list[int] = []
+    with Session(engine) as session:
+        assert enqueue_many(session, items(session)).count == 12
+
+    assert stored == [0] * 8 + [8] * 4
+
+
+# ---- connections that are lost ---------------------------------------------------------------------------------------
+
+
+def test_a_server_that_ended_all_connections_fails_one_call(engine: Engine, url: str) -> None:
+    other = create_engine(url)
+    connections = [other.connect() for _ in range(3)]
+    pids = [each.execute(text("SELECT pg_backend_pid()")).scalar_one() for each in connections]
+    for each in connections:
+        each.close()
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_terminate_backend(pid, 10000) FROM unnest(:pids) pid"), {"pids": pids})
+
+    with Session(other) as session, pytest.raises(DBAPIError) as failed:
+        enqueue_many(session, [Ping(0)])
+    with Session(other) as session, session.begin():
+        enqueue_many(session, [Ping(1)])
+    other.dispose()
+
+    assert failed.value.connection_invalidated
+    assert [row["args"]["n"] for row in read_jobs(engine)] == [1]
 
 
 # ---- the thread that encodes ahead -----------------------------------------------------------------------------------

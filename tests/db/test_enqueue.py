@@ -493,6 +493,24 @@ def test_under_zope_the_transaction_manager_decides(engine: Engine, how: str) ->
     assert [row["args"] for row in stored(engine)] == [{"n": 1}, {"n": 3}]
 
 
+@pytest.mark.parametrize("how", ["enqueue", "add", "many", "numbered", "unique"])
+def test_under_zope_a_session_that_is_kept_goes_on_after_an_abort(engine: Engine, how: str) -> None:
+    manager = transaction.TransactionManager()
+    session = Session(engine)
+    cast("Any", zope.sqlalchemy).register(session, transaction_manager=manager, keep_session=True)
+    for n in range(3):
+        if how == "unique":
+            enqueue(session, Ping(n), unique=Unique(by_args=True))
+        else:
+            put(how, session, Ping(n))
+        session.flush()
+        manager.abort() if n == 0 else manager.commit()
+    session.close()
+
+    # What was aborted is there where zope leaves the transaction of a session that it keeps open: that is zope's.
+    assert [row["args"] for row in stored(engine)][-2:] == [{"n": 1}, {"n": 2}]
+
+
 # ---- awaited ---------------------------------------------------------------------------------------------------------
 
 

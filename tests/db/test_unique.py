@@ -28,6 +28,14 @@ from tests.river_vectors import MARKED, VECTORS, unique_of
 BY_ARGS = Unique(by_args=True)
 
 
+@attrs.frozen
+class Bill:
+    kind: ClassVar[str] = "bill"
+
+    customer: int
+    number: int
+
+
 @pytest.fixture(scope="module")
 def shared(server: str, template: str) -> Iterator[str]:
     yield from shared_database(server, template)
@@ -63,6 +71,18 @@ def test_the_second_of_a_key_is_the_first(engine: Engine) -> None:
     assert second == (first[0], False)
     assert other[1] is True
     assert jobs_in(engine) == [first[0], other[0]]
+
+
+def test_of_many_with_one_key_in_a_block_the_first_is_kept(engine: Engine) -> None:
+    by_customer = InsertOptions(unique=Unique(by_args=["customer"]))
+    items = [Bill(number % 20, number) for number in range(1_000)]
+    with Session(engine) as session, session.begin():
+        inserted = enqueue_many(session, [(each, by_customer) for each in items], returning=True)
+
+    kept = {row["id"]: row["args"]["number"] for row in read_jobs(engine)}
+    assert (inserted.count, inserted.skipped) == (20, 980)
+    assert inserted.ids is not None
+    assert [kept.get(job_id) for job_id in inserted.ids if job_id is not None] == list(range(20))
 
 
 def test_inserted_answers_for_the_last_call_where_both_return_one_object(engine: Engine) -> None:

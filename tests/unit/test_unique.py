@@ -65,10 +65,8 @@ def test_floats_are_written_alike_only_if_they_are_equal(one: float, other: floa
 
 def enough(number: float, digits: int) -> bool:
     """Whether a decimal number of that many digits gives `number` back: the next one below it, or the next above."""
-    exact = Decimal(number)
-    return any(
-        float(Context(prec=digits, rounding=rounding).plus(exact)) == number for rounding in (ROUND_FLOOR, ROUND_CEILING)
-    )
+    near = (Context(prec=digits, rounding=way).plus(Decimal(number)) for way in (ROUND_FLOOR, ROUND_CEILING))
+    return any(float(each) == number for each in near)
 
 
 # The nearest of its 16 digits ends in ..062, and is another float: below a power of two floats are twice as close.
