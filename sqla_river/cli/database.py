@@ -64,9 +64,13 @@ def schema_option(command: F) -> F:
 
 @contextlib.contextmanager
 def told() -> Generator[None, None, None]:
-    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1."""
+    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1,
+    with 2 where what was given cannot be.
+    """
     try:
         yield
+    except InvalidOptionError as error:
+        raise click.UsageError(str(error)) from error
     except RiverError as error:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:

@@ -109,6 +109,19 @@ def test_a_later_output_takes_the_place_of_the_first(engine: Engine) -> None:
     assert outcome(engine, handler)["metadata"] == {"output": 2}
 
 
+@pytest.mark.parametrize("name", ["output", "progress"])
+def test_what_a_handler_assigns_to_a_method_fails_its_attempt_and_says_how_it_is_written(
+    engine: Engine, name: str
+) -> None:
+    def handler(job: JobContext[Count]) -> None:
+        setattr(job, name, 5)
+
+    row = outcome(engine, handler)
+
+    assert row["state"] == "retryable"
+    assert f"write job.{name}(...)" in errors(row)[0]
+
+
 def test_output_may_be_one_mebibyte_of_json_and_no_more(engine: Engine) -> None:
     refused: list[InvalidOptionError] = []
 
