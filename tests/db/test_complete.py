@@ -563,7 +563,7 @@ def test_jobs_given_back_are_announced(engine: Engine) -> None:
         for job_id in jobs:
             told.completer.put(result(job_id, states.interrupted(), queue="q"))
         told.completer.step()
-        heard = [note.payload for note in raw.notifies(timeout=5, stop_after=1)]
+        heard = [note.payload for note in raw.notifies(timeout=30, stop_after=1)]
         raw.execute("UNLISTEN *")
 
     assert heard == ['{"queue": "q"}']

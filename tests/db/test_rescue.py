@@ -336,7 +336,7 @@ def test_an_owner_that_comes_back_during_the_rescue_learns_what_it_lost(engine: 
             returning.start()
             eventually(lambda: _waiting(engine), what="the owner to wait for its row")
             assert lost == []
-        returning.join(10)
+        returning.join(30)
 
     assert sorted(lost) == [row.id for row in rows]
 
@@ -406,7 +406,7 @@ def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) ->
     with psycopg.connect(plain, autocommit=True) as listener, opened(engine) as own:
         listener.execute('LISTEN "public.river_insert"')
         sweep(own)
-        heard = [json.loads(note.payload) for note in listener.notifies(timeout=5, stop_after=3)]
+        heard = [json.loads(note.payload) for note in listener.notifies(timeout=30, stop_after=3)]
         heard += [json.loads(note.payload) for note in listener.notifies(timeout=0.05)]
 
     assert sorted(heard, key=str) == [

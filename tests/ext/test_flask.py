@@ -293,7 +293,7 @@ def test_a_scoped_session_of_ones_own(engine: Engine) -> None:
 
     @river.workers.register(Count)
     def count(job: JobContext[Count]) -> None:
-        seen.append((current_app.name, scoped.scalars(select(Job.id)).all()))
+        seen.append((current_app.name, scoped.scalars(select(Job.id).order_by(Job.id)).all()))
 
     @river.workers.register(Write, transactional=True)
     def write(job: JobContext[Write], session: Session) -> None:

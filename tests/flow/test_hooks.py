@@ -26,7 +26,7 @@ from tests.making import Count, Gate, all_are, count_states, eventually, make_jo
 from tests.working import HOUR, after, begun, errors, handling, nothing, outcome, put, working
 
 Next = Callable[[JobContext[Any]], Any]
-SOON = timedelta(seconds=10)
+SOON = timedelta(seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_the_error_handler_is_not_asked_about_wishes_and_interrupts(engine: Engi
             raise Snooze(HOUR)
         if job.args.number == 1:
             raise Cancel
-        assert job.cancelled.wait(10)
+        assert job.cancelled.wait(30)
         raise RuntimeError
 
     def on_error(job: JobContext[Any], _: BaseException) -> None:
@@ -477,7 +477,7 @@ def test_every_end_of_a_job_is_an_event(engine: Engine) -> None:
             case 4:
                 return Cancel("enough")
             case _:
-                assert job.cancelled.wait(10)
+                assert job.cancelled.wait(30)
                 raise RuntimeError
 
     ids = [
@@ -512,7 +512,7 @@ def test_events_come_after_their_commit(engine: Engine) -> None:
 
 def test_a_job_cancelled_from_outside_is_an_event(engine: Engine) -> None:
     gate = Gate()
-    slow: dict[str, Any] = {"heartbeat": timedelta(seconds=10)}
+    slow: dict[str, Any] = {"heartbeat": timedelta(minutes=5), "lease": HOUR}  # no beat tells of it
     with working(engine, gate, **slow) as runner, runner.subscribe("cancelled") as subscription:
         (job_id,) = put(engine, 0)
         gate.wait(1)
