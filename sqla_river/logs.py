@@ -5,6 +5,7 @@ The records are those of standard `logging`, under ``sqla_river.<module>``.
 """
 
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -31,7 +32,11 @@ _IN_WORDS: Final = re.compile(
 _DIGITS: Final = re.compile(r"[0-9]+")
 
 _said: Final[dict[tuple[Any, ...], tuple[float, int]]] = {}
-_lock: Final = threading.Lock()
+# Reentrant: a signal handler that logs may meet its own thread here.
+_lock: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it would hang on its first line
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def one_line(text: str) -> str:
