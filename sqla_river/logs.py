@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import threading
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any, Final, cast
@@ -117,7 +119,12 @@ class Log:
         message, args = rendered(message, args, clean)
         if more:
             message = f"{message} (and {more} more like it)"
-        self._logger.log(level, message, *args, extra=extra, stacklevel=3)
+        try:
+            self._logger.log(level, message, *args, extra=extra, stacklevel=3)
+        except Exception:  # noqa: BLE001 - a filter or handler of the user's: no thread of ours ends for that
+            if logging.raiseExceptions:  # as logging itself says what goes wrong within a handler
+                with suppress(Exception):
+                    traceback.print_exc()
 
 
 def _since(every: float, key: tuple[Any, ...]) -> int | None:
