@@ -28,7 +28,7 @@ log: Final = Log(__name__)
 LARGEST_BATCH: Final = 2_000
 """Results of one statement: twice what a fetch brings, so that the completer catches up with the slots."""
 LARGEST_BACKLOG: Final = 10_000
-"""Results not yet written, beyond which nothing more is fetched; River's number."""
+"""Results not yet written, for whatever reason, beyond which nothing more is fetched; River's number."""
 NOTE_EVERY: Final = 1.0
 """Seconds between two writings of progress."""
 _FIRST_RETRY: Final = 0.05
@@ -93,6 +93,8 @@ class Completer:
         self._noted_at = 0.0
         self._idle = True
         """Whether the loop may be waiting for a result."""
+        self._full = False
+        """Whether somebody was told that there is no room, and not yet that there is again."""
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
@@ -124,22 +126,23 @@ class Completer:
 
     @property
     def ready(self) -> bool:
-        """Whether there is room for more."""
-        return len(self._results) + len(self._taken) < LARGEST_BACKLOG
+        """Whether there is room for more; whoever hears that there is none is relieved later."""
+        if self.backlog < LARGEST_BACKLOG:
+            return True
+        self._full = True
+        return self.backlog < LARGEST_BACKLOG  # again: what was written before that relieves nobody
 
     def step(self) -> float:
         """Write one batch, and what is to be tried again; seconds until the next look."""
         self._idle = False
         if not self._taken:
             self._take()
-        crowded = False
         if self._taken:
             self._write(self._taken, _FIRST_RETRY)
-            # Half is enough: there may have been too many at any moment since the last batch.
-            crowded = len(self._results) + len(self._taken) >= LARGEST_BACKLOG / 2
             self._taken = []
         self._retry(time.monotonic())
-        if crowded and self.ready:
+        if self._full and self.backlog < LARGEST_BACKLOG:
+            self._full = False  # before they are told: they look again, and may find it full again
             self._relieved()
         if self._progress and time.monotonic() >= self._noted_at + NOTE_EVERY:
             self._note()

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.exc import OperationalError
 
-from sqla_river import states
+from sqla_river import complete, states
 from sqla_river.complete import LARGEST_BACKLOG, LARGEST_BATCH, Completer, complete_parameters, settle_parameters
 from sqla_river.context import JobContext
 from sqla_river.rows import ID, Fetched, Result
@@ -306,12 +306,12 @@ def test_two_writers_of_the_same_rows_never_deadlock(engine: Engine) -> None:
 # ---- poison -------------------------------------------------------------------------
 
 
-def _trap(engine: Engine, job_id: int, code: str) -> None:
-    """Let every update of that job fail, as a trigger, a check or a limit would."""
+def _trap(engine: Engine, is_: Literal["=", "<>"], job_id: int, code: str) -> None:
+    """Let every update of that job, or of every other, fail, as a trigger, a check or a limit would."""
     with engine.begin() as connection:
         connection.exec_driver_sql(
-            "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF old.id = {job_id} THEN RAISE EXCEPTION 'trapped' USING ERRCODE = '{code}'; END IF; RETURN new; END $$"
+            "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF old.id "
+            f"{is_} {job_id} THEN RAISE EXCEPTION 'trapped' USING ERRCODE = '{code}'; END IF; RETURN new; END $$"
         )
         connection.exec_driver_sql(
             "CREATE TRIGGER trap BEFORE UPDATE ON river_job FOR EACH ROW EXECUTE FUNCTION trap()"
@@ -328,7 +328,7 @@ def test_a_result_that_postgresql_refuses_fails_alone(
     engine: Engine, transition: states.Transition | None, code: str
 ) -> None:
     jobs = make_jobs(engine, 30, state=JobState.RUNNING)
-    _trap(engine, jobs[11], code)
+    _trap(engine, "=", jobs[11], code)
 
     with opened(engine) as own:
         told = _Told(own)
@@ -342,7 +342,7 @@ def test_a_result_that_postgresql_refuses_fails_alone(
 
 def test_a_refused_result_is_tried_again(engine: Engine) -> None:
     job_id, *_ = make_jobs(engine, 3, state=JobState.RUNNING)
-    _trap(engine, job_id, "23514")
+    _trap(engine, "=", job_id, "23514")
 
     with opened(engine) as own:
         told = _Told(own)
@@ -353,6 +353,37 @@ def test_a_refused_result_is_tried_again(engine: Engine) -> None:
         eventually(lambda: (told.completer.step(), told.completer.backlog == 0)[1], what="the refused one")
 
     assert read_job(engine, job_id)["state"] == "completed"
+
+
+def test_outcomes_that_postgresql_refuses_stop_the_fetch_until_they_are_fewer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(complete, "LARGEST_BACKLOG", 20)
+    *refused, healthy = make_jobs(engine, 20, state=JobState.RUNNING)
+    _trap(engine, "<>", healthy, "P0001")
+
+    with opened(engine) as own:
+        told = _Told(own)
+        for job_id in refused:
+            told.completer.put(ended(job_id, None))
+        told.completer.step()
+        few = told.completer.ready
+        told.completer.put(ended(healthy, None))
+        many = told.completer.ready
+        told.completer.step()
+        written, again = list(told.written), told.completer.ready
+        told.completer.put(ended(0, None))  # of a job that is gone
+        while_refused = told.completer.ready, told.relieved
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TRIGGER trap ON river_job")
+        eventually(lambda: (told.completer.step(), told.completer.backlog == 0)[1], what="the refused ones")
+
+    assert (few, many) == (True, False)
+    assert (written, again) == ([(healthy, JobState.COMPLETED)], True)
+    assert while_refused == (False, 1)
+    assert told.completer.ready
+    assert told.relieved == 2
+    assert len(told.written) == 20
 
 
 def _mutated(value: object) -> Callable[[JobContext[Count]], None]:
@@ -502,7 +533,7 @@ def test_what_was_put_aside_before_the_connection_was_lost_is_written_and_told_o
             theirs.rollback()
         theirs.exec_driver_sql(f"UPDATE river_job SET attempted_by = '{{thief/1}}' WHERE id = {stale}")
         theirs.commit()
-        _trap(engine, trapped, "23514")
+        _trap(engine, "=", trapped, "23514")
         theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {locked} FOR UPDATE")
         own.last = last
         with pytest.raises(OperationalError):
