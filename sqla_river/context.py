@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
@@ -27,6 +28,9 @@ KEPT_LOGS: Final = 25
 _LOGS_KEY: Final = "river:log"
 
 _lock: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could never ask `job.cancelled`
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Cancelled(threading.Event):

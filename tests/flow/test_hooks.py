@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from sqla_river import Cancel, JobContext, JobMixin, River, Snooze, Workers, cancel, enqueue, enqueue_many
+from sqla_river import Cancel, JobContext, JobMixin, River, Snooze, Workers, cancel, enqueue, enqueue_many, hooks
 from sqla_river.errors import ConfigError
 from sqla_river.hooks import KEPT_EVENTS, Event, Events
 from sqla_river.rows import InsertRow
@@ -508,6 +509,35 @@ def test_events_come_after_their_commit(engine: Engine) -> None:
             (job_id,) = put(engine, 0)
             assert subscription.get(SOON).job_id == job_id
             assert read_job(engine, job_id)["state"] == "completed"
+
+
+def _are_told(told: list[Event], count: int) -> bool:
+    return len(told) >= count
+
+
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+def test_what_a_listener_raises_is_logged_and_hinders_no_outcome_and_no_other_listener(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    told: list[Event] = []
+
+    def raises(_: Event) -> None:
+        raise error("no app here")
+
+    monkeypatch.setattr(hooks, "EVENTS_EVERYWHERE", [raises, told.append])
+    with working(engine, nothing) as runner:
+        for count in (10, 15):  # the later ones of a blocked completer would stay running
+            put(engine, *range(len(told), count))
+            eventually(all_are(engine, "completed", count), within=10)
+            eventually(partial(_are_told, told, count), within=10, what="the events")
+        worked = runner.worked
+
+    assert worked == 15
+    assert sorted(event.job_id or 0 for event in told) == [row["id"] for row in read_jobs(engine)]
+    assert any("raises(completed) failed: " in record.getMessage() for record in caplog.records)
 
 
 def test_a_job_cancelled_from_outside_is_an_event(engine: Engine) -> None:

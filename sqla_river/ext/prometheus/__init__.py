@@ -96,3 +96,5 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+# Else a child forked while another thread holds it could watch no runner.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
