@@ -10,6 +10,7 @@ import attrs
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session
 
+from sqla_river.cli.ground import own_schema
 from sqla_river.context import JobContext
 from sqla_river.models import Job
 from sqla_river.river import enqueue, enqueue_many
@@ -238,13 +239,13 @@ def _drain(engine: Engine, count: int, tell: Tell) -> None:
 
 def _clear(engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(text("TRUNCATE river_job"))
+        connection.execute(text(f"TRUNCATE {own_schema(engine)}.river_job"))
 
 
 def _settle(engine: Engine) -> None:
     """As a queue that has been in use for a while."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE river_job"))
+        connection.execute(text(f"VACUUM ANALYZE {own_schema(engine)}.river_job"))
 
 
 def _latencies(what: str, seconds: list[float]) -> Iterator[Figure]:

@@ -1,33 +1,44 @@
 """`sqla-river bench`, as a process of its own, on the server of the tests."""
 
 import json
+import os
+import socket
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Engine, make_url
 
-COMMAND = [sys.executable, "-c", "from sqla_river.cli import main; main()", "bench"]
+from sqla_river import JobState
+from tests.commands import COMMAND, ROOT, ask, environment
+from tests.database import catalog
+from tests.flow.test_pooler import pgbouncer
+from tests.making import make_job
+
 SHORT = ["--jobs", "300", "--seconds", "0.2", "--rate", "50", "--slots", "10"]
+SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'sqla_river_bench%'"
+MINE = "SELECT array_agg(river_job::text ORDER BY id) FROM river_job"
+
+
+def _run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "bench", *SHORT, "--database-url", url, *arguments],
+        cwd=ROOT,
+        env=environment({}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def _bench(url: str, *arguments: str) -> str:
-    ended = subprocess.run(
-        [*COMMAND, *SHORT, "--database-url", url, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    ended = _run(url, *arguments)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
     return ended.stdout
-
-
-def _schemas(url: str) -> list[str]:
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        found = connection.execute(text("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'sqla_river_bench%'"))
-        names = list(found.scalars())
-    engine.dispose()
-    return names
 
 
 @pytest.mark.parametrize("handlers", ["threads", "asyncio"])
@@ -40,7 +51,7 @@ def test_every_profile_gives_its_figures_and_leaves_nothing_behind(empty_url: st
     assert figures["latency", "idle, p50"] <= figures["latency", "idle, p95"] <= figures["latency", "idle, max"]
     assert told["settings"]["handlers"] == handlers
     assert set(told["versions"]) == {"postgresql", "sqlalchemy", "psycopg", "python"}
-    assert _schemas(empty_url) == []
+    assert ask(empty_url, SCHEMAS) == 0
 
 
 def test_a_profile_that_is_named_is_measured_alone_and_shown_in_a_table(empty_url: str) -> None:
@@ -49,3 +60,55 @@ def test_a_profile_that_is_named_is_measured_alone_and_shown_in_a_table(empty_ur
     assert "| work " in shown
     assert "insert" not in shown
     assert "your server, in schema sqla_river_bench_" in shown
+    assert "pooler" not in shown
+
+
+# ---- the ground -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+@pytest.mark.parametrize("ignored", ["options", "extra_float_digits"], ids=["drops options", "refuses options"])
+def test_a_bench_through_a_pooler_touches_no_row_and_no_table_of_the_user(
+    url: str, engine: Engine, mode: str, ignored: str
+) -> None:
+    for state in JobState:
+        make_job(engine, state=state)
+    before, tables = ask(url, MINE), catalog(make_url(url))
+
+    with pgbouncer(url, mode, ignored=ignored) as through:
+        ended = _run(through, "insert", "work", "mixed")
+
+    assert ask(url, MINE) == before
+    assert catalog(make_url(url)) == tables
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "through a pooler" in ended.stdout
+
+
+@contextmanager
+def _login_whose_rights_are_another_roles(url: str) -> Iterator[str]:
+    name = f"river_{os.getpid()}"
+    ask(url, f"CREATE ROLE {name}_owner; CREATE ROLE {name}_login LOGIN NOINHERIT IN ROLE {name}_owner")
+    ask(url, f"GRANT CREATE ON DATABASE {make_url(url).database} TO {name}_owner")
+    theirs = make_url(url).set(username=f"{name}_login").update_query_dict({"options": f"-crole={name}_owner"})
+    try:
+        yield theirs.render_as_string(hide_password=False)
+    finally:
+        ask(url, f"DROP OWNED BY {name}_owner CASCADE")
+        ask(url, f"DROP ROLE {name}_login; DROP ROLE {name}_owner")
+
+
+def test_the_schema_is_dropped_under_the_options_that_it_was_made_with(empty_url: str) -> None:
+    with _login_whose_rights_are_another_roles(empty_url) as theirs:
+        _bench(theirs, "insert")
+
+        assert ask(empty_url, SCHEMAS) == 0
+
+
+def test_where_no_server_answers_nothing_is_to_be_dropped_by_hand() -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        ended = _run(f"postgresql://postgres@127.0.0.1:{taken.getsockname()[1]}/postgres", "insert")
+
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: the database says: connection failed")
+    assert "schema" not in ended.stderr
