@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from sqla_river.runner import Runner
 
 Handlers = Literal["threads", "asyncio"]
-Tell = Callable[[int, int], None]
-"""Told how many of how many are done."""
-
 PATIENCE: Final = 300.0
 """Seconds after which a profile gives up."""
 LOOK_EVERY: Final = 0.02
+CHECK_EVERY: Final = 0.2
+"""Seconds of waiting between two looks whether a signal has come."""
 ADD_ALL: Final = 2_000
 """Rows of the comparison with the unit of work, which is slow."""
 IDLE_JOBS: Final = 200
@@ -53,6 +52,15 @@ class Settings(NamedTuple):
     handlers: Handlers
 
 
+class Viewer(NamedTuple):
+    """Who looks on while a profile is measured."""
+
+    tell: Callable[[int, int], None]
+    """Told how many of how many are done; checks too."""
+    check: Callable[[], None]
+    """Raises KeyboardInterrupt if a signal has come, whose own may have got lost."""
+
+
 @attrs.frozen
 class Measured:
     """Args of two small fields, as River's own bench has them."""
@@ -65,8 +73,9 @@ class Measured:
 class Starts:
     """When the handler of each job began."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
         self.at: dict[int, float] = {}
+        self._check = check
         self._told = threading.Semaphore(0)
 
     def note(self, number: int) -> None:
@@ -76,13 +85,17 @@ class Starts:
     def wait(self, count: int) -> None:
         """Wait until *count* more have begun."""
         for _ in range(count):
-            if not self._told.acquire(timeout=PATIENCE):
-                raise TimeoutError(f"a job has not begun within {PATIENCE:.0f} s")
+            deadline = time.monotonic() + PATIENCE
+            while not self._told.acquire(timeout=CHECK_EVERY):
+                self._check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"a job has not begun within {PATIENCE:.0f} s")
+            self._check()
 
 
-def measure_insert(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_insert(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """Rows a second: many at once, one after the other, and as the unit of work alone would do it."""
-    seconds = _timed(engine, lambda session: enqueue_many(session, _items(settings.jobs, tell)))
+    seconds = _timed(engine, lambda session: enqueue_many(session, _items(settings.jobs, viewer)))
     bulk = settings.jobs / seconds
     yield Figure("insert", "enqueue_many, one transaction", bulk, "jobs/s")
     _clear(engine)
@@ -96,27 +109,28 @@ def measure_insert(engine: Engine, settings: Settings, tell: Tell) -> Iterator[F
         with Session(engine) as session, session.begin():
             enqueue(session, Measured(count))
         count += 1
+        viewer.check()
     yield Figure("insert", "enqueue and commit, one connection", count / seconds, "jobs/s")
 
 
-def measure_work(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_work(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """Jobs a second that do nothing, from a queue that is full."""
     with Session(engine) as session, session.begin():
-        enqueue_many(session, (Measured(number) for number in range(settings.jobs)))
+        enqueue_many(session, _items(settings.jobs, viewer._replace(tell=lambda *_: viewer.check())))
     _settle(engine)
     cpu = time.process_time()
     began = time.perf_counter()
     with _working(engine, settings, lambda _: None):
-        _drain(engine, settings.jobs, tell)
+        _drain(engine, settings.jobs, viewer)
         seconds = time.perf_counter() - began
         cpu = time.process_time() - cpu
     yield Figure("work", f"{settings.handlers}, {settings.slots} slots", settings.jobs / seconds, "jobs/s")
     yield Figure("work", "CPU of this process", cpu / settings.jobs * 1e6, "us/job")
 
 
-def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_latency(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """From commit to the start of the handler: idle, the last of a burst, and at a steady rate."""
-    starts = Starts()
+    starts = Starts(viewer.check)
     steady = int(settings.rate * settings.seconds)
     total = IDLE_JOBS + BURSTS + steady
     with _working(engine, settings, starts.note), Session(engine) as session:
@@ -130,7 +144,7 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
         for number in range(IDLE_JOBS):
             put(number)
             starts.wait(1)
-            tell(number, total)
+            viewer.tell(number, total)
         yield from _latencies("idle", [starts.at[number] - committed[number] for number in committed])
         last: list[float] = []
         for burst in range(BURSTS):
@@ -139,7 +153,7 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
                 put(number)
             starts.wait(BURST)
             last.append(starts.at[numbers[-1]] - committed[numbers[-1]])
-            tell(IDLE_JOBS + burst, total)
+            viewer.tell(IDLE_JOBS + burst, total)
         yield from _latencies(f"last of a burst of {BURST}", last)
         began = time.perf_counter()
         numbers = range(1_000_000, 1_000_000 + steady)
@@ -148,15 +162,15 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
             if pause > 0:
                 time.sleep(pause)
             put(number)
-            tell(IDLE_JOBS + BURSTS + count, total)
+            viewer.tell(IDLE_JOBS + BURSTS + count, total)
         starts.wait(steady)
         found = [starts.at[number] - committed[number] for number in numbers]
         yield from _latencies(f"at {settings.rate:g} jobs/s", found)
 
 
-def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_mixed(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """One connection enqueues and commits as fast as it can, while a runner works."""
-    starts = Starts()
+    starts = Starts(viewer.check)
     committed: dict[int, float] = {}
     with _working(engine, settings, starts.note), Session(engine) as session:
         began = time.perf_counter()
@@ -165,7 +179,7 @@ def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Fi
             with session.begin():
                 enqueue(session, Measured(number))
             committed[number] = time.perf_counter()
-            tell(int(seconds * 1_000), int(settings.seconds * 1_000))
+            viewer.tell(int(seconds * 1_000), int(settings.seconds * 1_000))
         starts.wait(len(committed))
         worked = len(committed) / (time.perf_counter() - began)
     yield Figure("mixed", "enqueued, one connection", len(committed) / seconds, "jobs/s")
@@ -174,7 +188,7 @@ def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Fi
         yield Figure("mixed", f"commit to start, {name}", figure, "ms")
 
 
-PROFILES: Final[dict[str, Callable[[Engine, Settings, Tell], Iterator[Figure]]]] = {
+PROFILES: Final[dict[str, Callable[[Engine, Settings, Viewer], Iterator[Figure]]]] = {
     "insert": measure_insert,
     "work": measure_work,
     "latency": measure_latency,
@@ -182,10 +196,10 @@ PROFILES: Final[dict[str, Callable[[Engine, Settings, Tell], Iterator[Figure]]]]
 }
 
 
-def run(profile: str, engine: Engine, settings: Settings, tell: Tell) -> list[Figure]:
+def run(profile: str, engine: Engine, settings: Settings, viewer: Viewer) -> list[Figure]:
     """Measure *profile* on empty tables."""
     _clear(engine)
-    return list(PROFILES[profile](engine, settings, tell))
+    return list(PROFILES[profile](engine, settings, viewer))
 
 
 @contextmanager
@@ -208,10 +222,10 @@ def _working(engine: Engine, settings: Settings, note: Callable[[int], None]) ->
         yield runner
 
 
-def _items(count: int, tell: Tell) -> Iterator[Measured]:
+def _items(count: int, viewer: Viewer) -> Iterator[Measured]:
     for number in range(count):
         if not number % 1_000:
-            tell(number, count)
+            viewer.tell(number, count)
         yield Measured(number)
 
 
@@ -222,7 +236,7 @@ def _timed(engine: Engine, act: Callable[[Session], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _drain(engine: Engine, count: int, tell: Tell) -> None:
+def _drain(engine: Engine, count: int, viewer: Viewer) -> None:
     deadline = time.monotonic() + PATIENCE
     unfinished = select(func.count()).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING]))
     some = select(select(Job.id).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING])).exists())
@@ -233,7 +247,8 @@ def _drain(engine: Engine, count: int, tell: Tell) -> None:
                 raise TimeoutError(f"the jobs are not done after {PATIENCE:.0f} s")
             looks += 1
             if looks % 25 == 0:
-                tell(count - connection.execute(unfinished).scalar_one(), count)
+                viewer.tell(count - connection.execute(unfinished).scalar_one(), count)
+            viewer.check()
             time.sleep(LOOK_EVERY)
 
 

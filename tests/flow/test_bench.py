@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from sqla_river import JobState
-from tests.commands import COMMAND, ROOT, ask, environment
+from tests.commands import ROOT, ask, environment
 from tests.database import catalog
 from tests.flow.test_pooler import pgbouncer
 from tests.making import make_job
@@ -20,11 +21,14 @@ from tests.making import make_job
 SHORT = ["--jobs", "300", "--seconds", "0.2", "--rate", "50", "--slots", "10"]
 SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'sqla_river_bench%'"
 MINE = "SELECT array_agg(river_job::text ORDER BY id) FROM river_job"
+INTERRUPTED = "interrupted; all that was made is removed\n"
 
 
-def _run(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run(url: str, *arguments: str, first: str = "") -> subprocess.CompletedProcess[str]:
+    """What comes of the bench, in a process that has done *first*."""
+    program = f"from sqla_river.cli import main, profiles\n{first}\nmain()"
     return subprocess.run(
-        [*COMMAND, "bench", *SHORT, "--database-url", url, *arguments],
+        [sys.executable, "-c", program, "bench", *SHORT, "--database-url", url, *arguments],
         cwd=ROOT,
         env=environment({}),
         capture_output=True,
@@ -112,3 +116,92 @@ def test_where_no_server_answers_nothing_is_to_be_dropped_by_hand() -> None:
     assert ended.returncode == 1
     assert ended.stderr.startswith("Error: the database says: connection failed")
     assert "schema" not in ended.stderr
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+LOSE = """
+import signal, threading, time, types, weakref
+
+class Thing: ...
+
+def lose():
+    thing = Thing()
+    watch = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+    del thing
+"""
+IN_A_COMMIT = """
+enqueue, count = profiles.enqueue, 0
+
+def enqueue_and_lose(session, args):
+    global count
+    count += 1
+    if count == 5:
+        lose()
+    return enqueue(session, args)
+
+profiles.enqueue = enqueue_and_lose
+"""
+IN_A_BULK = """
+measured = profiles.Measured
+
+def measured_and_lose(number):
+    if number == 5_000:
+        lose()
+    return measured(number)
+
+items = profiles._items
+def _items(*words):
+    profiles.Measured = measured_and_lose
+    yield from items(*words)
+    profiles.Measured = measured
+
+profiles._items = _items
+"""
+WHILE_JOBS_DRAIN = """
+def sleep(seconds):
+    if not lost:
+        lost.append(True)
+        lose()
+    time.sleep(seconds)
+
+lost = []
+profiles.time = types.SimpleNamespace(**{**vars(time), "sleep": sleep})
+"""
+WHILE_A_JOB_DOES_NOT_START = """
+class Deaf(threading.Semaphore):
+    def acquire(self, *, timeout):
+        if not lost:
+            lost.append(True)
+            lose()
+        return super().acquire(timeout=timeout)
+
+    def release(self):
+        pass
+
+lost = []
+profiles.PATIENCE = 1
+profiles.threading = types.SimpleNamespace(Semaphore=Deaf)
+"""
+
+
+@pytest.mark.parametrize(
+    ("profile", "where"),
+    [
+        pytest.param("insert", IN_A_COMMIT, id="insert, in a commit"),
+        pytest.param("insert", IN_A_BULK, id="insert, in a bulk"),
+        pytest.param("mixed", IN_A_COMMIT, id="mixed, in a commit"),
+        pytest.param("latency", IN_A_COMMIT, id="latency, in a commit"),
+        pytest.param("latency", WHILE_A_JOB_DOES_NOT_START, id="latency, while a job does not start"),
+        pytest.param("work", IN_A_BULK, id="work, in a bulk"),
+        pytest.param("work", WHILE_JOBS_DRAIN, id="work, while jobs drain"),
+    ],
+)
+def test_a_signal_whose_exception_python_forgot_ends_the_bench(empty_url: str, profile: str, where: str) -> None:
+    """As of every exception in a callback of a weakref: it is printed, and that is all."""
+    ended = _run(empty_url, "--jobs", "20000", "--seconds", "1", profile, first=LOSE + where)
+
+    assert "Exception ignored" in ended.stderr
+    assert (ended.returncode, ended.stdout) == (143, "")
+    assert ended.stderr.endswith(INTERRUPTED)
+    assert ask(empty_url, SCHEMAS) == 0
