@@ -93,10 +93,19 @@ def _measure(
     }
     told_to = Console(stderr=True, highlight=False)
     figures: list[Figure] = []
-    for profile in profiles:
-        interrupts.check()
-        with _shown(told_to, profile, interrupts) as viewer:
-            figures += run(profile, engine, settings, viewer)
+    try:
+        for profile in profiles:
+            interrupts.check()
+            with _shown(told_to, profile, interrupts) as viewer:
+                figures.extend(run(profile, engine, settings, viewer))
+    except Exception:  # what was found before took its time
+        if figures:
+            _print(figures, settings, versions, where, as_json=as_json)
+        raise
+    _print(figures, settings, versions, where, as_json=as_json)
+
+
+def _print(figures: list[Figure], settings: Settings, versions: dict[str, str], where: str, *, as_json: bool) -> None:
     if as_json:
         found = [figure._asdict() for figure in figures]
         click.echo(json.dumps({"settings": settings._asdict(), "versions": versions, "figures": found}, indent=2))

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 Handlers = Literal["threads", "asyncio"]
 PATIENCE: Final = 300.0
-"""Seconds after which a profile gives up."""
+"""Seconds without a job that begins or ends, after which a profile gives up."""
 LOOK_EVERY: Final = 0.02
+LOOKS: Final = 25
+"""How many to a count of what is left."""
 CHECK_EVERY: Final = 0.2
 """Seconds of waiting between two looks whether a signal has come."""
 ADD_ALL: Final = 2_000
@@ -131,7 +133,7 @@ def measure_work(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator
 def measure_latency(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """From commit to the start of the handler: idle, the last of a burst, and at a steady rate."""
     starts = Starts(viewer.check)
-    steady = int(settings.rate * settings.seconds)
+    steady = max(1, int(settings.rate * settings.seconds))
     total = IDLE_JOBS + BURSTS + steady
     with _working(engine, settings, starts.note), Session(engine) as session:
         committed: dict[int, float] = {}
@@ -196,10 +198,10 @@ PROFILES: Final[dict[str, Callable[[Engine, Settings, Viewer], Iterator[Figure]]
 }
 
 
-def run(profile: str, engine: Engine, settings: Settings, viewer: Viewer) -> list[Figure]:
-    """Measure *profile* on empty tables."""
+def run(profile: str, engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
+    """Measure *profile* on empty tables. What was found before it fails is handed out."""
     _clear(engine)
-    return list(PROFILES[profile](engine, settings, viewer))
+    yield from PROFILES[profile](engine, settings, viewer)
 
 
 @contextmanager
@@ -237,17 +239,21 @@ def _timed(engine: Engine, act: Callable[[Session], Any]) -> float:
 
 
 def _drain(engine: Engine, count: int, viewer: Viewer) -> None:
+    left = count
     deadline = time.monotonic() + PATIENCE
     unfinished = select(func.count()).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING]))
     some = select(select(Job.id).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING])).exists())
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         looks = 0
         while connection.execute(some).scalar_one():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the jobs are not done after {PATIENCE:.0f} s")
             looks += 1
-            if looks % 25 == 0:
-                viewer.tell(count - connection.execute(unfinished).scalar_one(), count)
+            if looks % LOOKS == 0:
+                before, left = left, connection.execute(unfinished).scalar_one()
+                viewer.tell(count - left, count)
+                if left < before:
+                    deadline = time.monotonic() + PATIENCE
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no job was finished within {PATIENCE:.0f} s; {left:,} of {count:,} are left")
             viewer.check()
             time.sleep(LOOK_EVERY)
 

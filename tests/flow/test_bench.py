@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, make_url
+from sqlalchemy import Engine, make_url, text
 
 from sqla_river import JobState
+from sqla_river.cli import profiles
+from sqla_river.cli.profiles import Viewer
 from tests.commands import ROOT, ask, environment
 from tests.database import catalog
 from tests.flow.test_pooler import pgbouncer
@@ -205,3 +207,86 @@ def test_a_signal_whose_exception_python_forgot_ends_the_bench(empty_url: str, p
     assert (ended.returncode, ended.stdout) == (143, "")
     assert ended.stderr.endswith(INTERRUPTED)
     assert ask(empty_url, SCHEMAS) == 0
+
+
+# ---- little, slow, failing ------------------------------------------------------------------------------------------
+
+
+def test_a_rate_and_a_time_that_make_less_than_a_job_make_one(empty_url: str) -> None:
+    told = json.loads(_bench(empty_url, "latency", "--seconds", "0.5", "--rate", "1", "--json"))
+
+    assert "at 1 jobs/s, p50" in {figure["name"] for figure in told["figures"]}
+
+
+FAILS = """
+def measure_work(engine, settings, viewer):
+    yield profiles.Figure("work", "half", 1.0, "x")
+    raise {error}
+
+profiles.PROFILES["work"] = measure_work
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (FAILS.format(error="TimeoutError('nothing goes on')"), "Error: nothing goes on\n"),
+        (
+            "from sqlalchemy.exc import OperationalError"
+            + FAILS.format(error="OperationalError('', {}, Exception('I stop'))"),
+            "Error: the database says: I stop\n",
+        ),
+    ],
+    ids=["patience", "database"],
+)
+def test_what_was_measured_before_a_profile_fails_is_shown(empty_url: str, first: str, said: str) -> None:
+    ended = _run(empty_url, "insert", "work", "mixed", "--json", first=first)
+
+    assert (ended.returncode, ended.stderr) == (1, said)
+    figures = json.loads(ended.stdout)["figures"]
+    assert [figure["profile"] for figure in figures] == ["insert"] * 4 + ["work"]
+
+
+class Clock:
+    """On which a count of what is left comes every 125 seconds, while no time passes here."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, _: float) -> None:
+        self.now += 125 / profiles.LOOKS
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(profiles, "time", clock)
+    return clock
+
+
+def test_a_bench_waits_as_long_as_jobs_are_finished(engine: Engine, clock: Clock) -> None:
+    for _ in range(5):
+        make_job(engine, state=JobState.AVAILABLE)
+    told: list[tuple[int, int]] = []
+
+    def finish_one(done: int, of: int) -> None:
+        told.append((done, of))
+        with engine.begin() as connection:
+            connection.execute(text("DELETE FROM river_job WHERE id = (SELECT min(id) FROM river_job)"))
+
+    profiles._drain(engine, 5, Viewer(finish_one, lambda: None))
+
+    assert told == [(number, 5) for number in range(5)]
+    assert clock.now > profiles.PATIENCE
+
+
+def test_a_bench_gives_up_where_no_job_is_finished_for_long(engine: Engine, clock: Clock) -> None:
+    make_job(engine, state=JobState.AVAILABLE)
+
+    with pytest.raises(TimeoutError, match=r"^no job was finished within 300 s; 1 of 1 are left$"):
+        profiles._drain(engine, 1, Viewer(lambda _done, _of: None, lambda: None))
+
+    assert clock.now < profiles.PATIENCE + 125
