@@ -77,6 +77,6 @@ def told() -> Generator[None, None, None]:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
 
 
-def engine_for(url: URL, **options: Any) -> Engine:
+def engine_for(url: URL) -> Engine:
     """An engine without a pool, for a command that ends soon."""
-    return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT, **options})
+    return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT})

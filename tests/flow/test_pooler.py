@@ -29,8 +29,10 @@ LISTENING = 6432
 
 
 @contextmanager
-def pgbouncer(url: str, mode: str) -> Generator[str]:
-    """The URL of *url*'s database through a PgBouncer of the test's own."""
+def pgbouncer(url: str, mode: str, *, ignored: str = "options") -> Generator[str]:
+    """The URL of *url*'s database through a PgBouncer of the test's own, which drops *ignored* of what a client starts
+    with, and refuses the rest.
+    """
     path = program("pgbouncer")
     server = make_url(url)
     host, port = str(server.query.get("host") or server.host), server.query.get("port") or server.port or 5432
@@ -42,7 +44,7 @@ def pgbouncer(url: str, mode: str) -> Generator[str]:
         f"[databases]\n* = host={host} port={port} user={server.username or 'postgres'} "
         f"{f'password={server.password}' if server.password else ''}\n"
         f"[pgbouncer]\nlisten_addr =\nlisten_port = {LISTENING}\nunix_socket_dir = {folder}\n"
-        f"auth_type = any\npool_mode = {mode}\ndefault_pool_size = 20\nignore_startup_parameters = options\n"
+        f"auth_type = any\npool_mode = {mode}\ndefault_pool_size = 20\nignore_startup_parameters = {ignored}\n"
     )
     os.chown(folder, user, -1)
     folder.chmod(0o755)
