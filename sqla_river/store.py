@@ -262,6 +262,11 @@ class OwnConnection:
             yield
 
     @property
+    def is_open(self) -> bool:
+        """Whether it is open; after an error, whether that left it whole."""
+        return self._connection is not None
+
+    @property
     def raw(self) -> Any:
         """The driver's connection, for what Core has no form of; opened now if need be."""
         self.get()

@@ -4,11 +4,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_river.statements import SCHEDULE_DUE, SCHEDULE_KEYLESS, SCHEDULE_ONE, SELECT_LATER_DUE, SELECT_NEXT_DUE
+from sqla_river.fetch.spared import spare
+from sqla_river.statements import (
+    NOTIFY_QUEUES,
+    SCHEDULE_DUE,
+    SCHEDULE_DUE_AMONG,
+    SELECT_DUE,
+    SELECT_LATER_DUE,
+    SELECT_NEXT_DUE,
+)
 from sqla_river.store import OwnConnection
 
 EVERY: Final = 0.025
@@ -25,10 +33,15 @@ BATCH: Final = 1_000
 """Rows that one schedule moves at most."""
 KEY_IN_THE_WAY: Final = {"55P03", "23505", "40P01"}
 """Waited for too long; taken since the statement began; waited for by each other."""
+PATIENCE: Final = 0.1
+"""Seconds after which no further part of what is due is tried, once something has come of it: nothing is fetched
+meanwhile.
+"""
 
 
 class DueTimer:
-    """Knows the next due time, and schedules what has come due.
+    """Knows the next due time, and schedules what has come due. What goes wrong with that, short of a broken
+    connection, is logged, and is no reason not to fetch.
 
     Args:
         own: the fetcher's connection.
@@ -44,6 +57,7 @@ class DueTimer:
         self._since: str | None = None
         self._bounded = False
         self._blocked = 0.0
+        self._refused: set[int] = set()
         self._looked_at = 0.0
         self._stale = True
         self.at = 0.0
@@ -68,46 +82,105 @@ class DueTimer:
         self.at = min(self.at, self._soonest_asked())
         if now < self.at or now - self._looked_at < EVERY:
             return set()
+        moved: set[str] = set()
+        try:
+            self._fire(moved)
+        except DBAPIError as error:
+            self._look_later(error)
+        return moved
+
+    def _fire(self, moved: set[str]) -> None:
         if self.rank:
             # Others come before: by now they may have done it.
             self._read(unbounded=False)
             if self.at > self._looked_at + self.rank * STAGGER:
-                return set()
-        moved, rest = self._schedule()
+                return
+        rest = self._schedule(moved)
         self._read(unbounded=False)
         if (rest or not moved) and self.at <= self._looked_at + self.rank * STAGGER:
-            # What is due is locked by somebody: look again, but ever more slowly, or the timer would spin.
-            self._blocked = min(max(2 * self._blocked, EVERY), self._poll)
+            # What is due is locked by somebody, or refused: look again, but ever more slowly, or the timer would spin.
+            self._block()
             later = self._own.execute(SELECT_LATER_DUE, {"p_since": self._since}).one_or_none()
             self.at = self._looked_at + min(self._blocked, later[0] if later is not None else math.inf)
         else:
             self._blocked = 0.0
-        return {row.queue for row in moved}
 
-    def _schedule(self) -> tuple[list[Any], bool]:
-        """What is made available; and whether there is no more but what waits for a key that an open transaction is
-        about to take.
+    def _block(self) -> None:
+        self._blocked = min(max(2 * self._blocked, EVERY), self._poll)
+
+    def _look_later(self, error: DBAPIError) -> None:
+        """After *error*, of a look at what is due."""
+        spare(self._own, error, "the look at what is due")
+        self._block()
+        self._stale = False
+        self._looked_at = time.monotonic()
+        self.at = self._looked_at + self._blocked
+
+    def _schedule(self, moved: set[str]) -> bool:
+        """Make available what is due, and note in *moved* the queues that got some. Whether there is no more but what
+        cannot be made available now.
         """
-        given = {"p_schema": self._own.schema}
         try:
-            return list(self._own.execute(SCHEDULE_DUE, given).all()), False
+            rows = self._own.execute(SCHEDULE_DUE, {"p_schema": self._own.schema}).all()
         except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) not in KEY_IN_THE_WAY:
-                raise
-        moved = list(self._own.execute(SCHEDULE_KEYLESS, given).all())
-        if sum(row.jobs for row in moved) >= BATCH:
-            return moved, False
+            self._bear(error, "making available at once all that is due")
+            return self._schedule_in_parts(moved)
+        moved.update(row.queue for row in rows)
+        self._refused.clear()
+        return False
+
+    def _schedule_in_parts(self, moved: set[str]) -> bool:
+        """The same, where all of it at once failed: one may wait for a key that an open transaction is about to take, a
+        trigger may refuse one, or nobody can be told of them.
+        """
+        until = time.monotonic() + PATIENCE
+        found = self._own.execute(SELECT_DUE, {"p_refused": list(self._refused)}).all()
+        # Each that waits for a key by itself, the first one first, and the others in halves: a key in the way costs
+        # 100 ms, which halves would pay ten times.
+        parts = [[row.id] for row in found if row.takes]
+        others = [row.id for row in found if not row.takes]
+        if others:
+            parts.append(others)
+        refused = len(self._refused)
+        while parts and (time.monotonic() < until or not (moved or len(self._refused) > refused)):
+            part = parts.pop()
+            try:
+                rows = self._own.execute(SCHEDULE_DUE_AMONG, {"p_ids": part}).all()
+            except DBAPIError as error:
+                self._bear(error, f"making available job {part[0]}" if len(part) == 1 else "")
+                half = len(part) // 2
+                if half:
+                    parts += part[half:], part[:half]
+                else:
+                    self._refused.update(part)
+            else:
+                moved.update(row.queue for row in rows)
+        rest = not parts and len(found) < BATCH
+        if rest and len(self._refused) == refused:
+            self._refused.clear()  # all others are done with: these may be tried again
+        if moved:
+            self._tell(moved)
+        return rest
+
+    def _tell(self, queues: set[str]) -> None:
+        """Tell the other runners that jobs of *queues* are available."""
         try:
-            moved += self._own.execute(SCHEDULE_ONE, given).all()
+            self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": sorted(queues)})
         except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) not in KEY_IN_THE_WAY:
-                raise
-        return moved, True
+            self._bear(error, "telling other runners what came due")
+
+    def _bear(self, error: DBAPIError, what: str) -> None:
+        """Go on after *error*; say that it was of *what*, if that is worth a word."""
+        usual = getattr(error.orig, "sqlstate", None) in KEY_IN_THE_WAY
+        spare(self._own, error, "" if usual else what)
 
     def look(self, *, unbounded: bool) -> None:
         """Read the next due time, if there is a doubt about it and the last look is not of just now."""
         if self._stale and time.monotonic() - self._looked_at >= EVERY:
-            self._read(unbounded=unbounded)
+            try:
+                self._read(unbounded=unbounded)
+            except DBAPIError as error:
+                self._look_later(error)
 
     def wait(self, now: float) -> float:
         """Seconds from *now* until `fire` or `look` has something to do."""

@@ -8,12 +8,13 @@ from operator import itemgetter
 from typing import Any, Final
 
 from sqlalchemy import Executable
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sqla_river.fetch.ahead import AHEAD, LATE, Ahead
 from sqla_river.fetch.alone import Turn
 from sqla_river.fetch.bounds import Bounds
 from sqla_river.fetch.due import EVERY, DueTimer
+from sqla_river.fetch.spared import spare
 from sqla_river.fetch.wakeups import Wakeups
 from sqla_river.rows import QUEUE, Fetched
 from sqla_river.statements import (
@@ -35,6 +36,8 @@ LOOKS: Final = 5
 """How often it looks meanwhile: a hundred jobs that do nothing are done in half a millisecond."""
 RESULT_EVERY: Final = 0.002
 """Seconds between two looks whether the last results are written."""
+LOST_EVERY: Final = 1.0
+"""Seconds between two looks for what a fetch took whose reply was lost."""
 IDLE_POLL: Final = 4
 """An idle runner that LISTENs polls at 1, 2, 4 times its interval."""
 JITTER: Final = 0.1
@@ -88,6 +91,7 @@ class Fetcher:
         self._returned: deque[str] = deque()
         self._number = 0
         self._lost: dict[str, float] = {}
+        self._recover_at = 0.0
         self._bounds = Bounds(poll)
         self._ahead = Ahead()
         self._resumed: deque[str | None] = deque()
@@ -240,7 +244,10 @@ class Fetcher:
             self._bounds.tried(bounds, time.monotonic() - began)
         else:
             rows = self._execute_fetch(FETCH_AVAILABLE, given)
-            self._bounds.learn(self._own, asked, rows, began, time.monotonic())
+            try:
+                self._bounds.learn(self._own, asked, rows, began, time.monotonic())
+            except DBAPIError as error:
+                spare(self._own, error, "reading how far a fetch came")
         # A row may change between snapshot and lock, so a short fetch is not the end of a queue; an empty one is, if
         # nothing had just woken it: then a second look costs less than a job that waits for the poll.
         self._hungry -= set(free) - set(map(_queue_of, rows)) - set(twice)
@@ -252,11 +259,13 @@ class Fetcher:
         self._lost[token] = time.monotonic() + STATEMENT_TIMEOUT_SECONDS + 1
         given = {**asked, "p_token": token}
         try:
-            found = self._own.fetch(statement, given)
-        except IntegrityError:
-            # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
-            self._own.execute(DISCARD_CONFLICTS)
-            found = self._own.fetch(statement, given)
+            found = self._send_fetch(statement, given)
+        except BaseException as error:
+            if isinstance(error, DBAPIError) and self._own.is_open and getattr(error.orig, "sqlstate", None):
+                del self._lost[token]  # the server refused it, and has locked nothing
+            else:
+                self.turn.lost, self._recover_at = True, 0.0
+            raise
         tail = (token,)
         rows: list[Fetched] = [values + tail for values in found]
         try:
@@ -265,29 +274,43 @@ class Fetcher:
             del self._lost[token]
         return rows
 
+    def _send_fetch(self, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
+        try:
+            return self._own.fetch(statement, given)
+        except IntegrityError:
+            # Keys that stand twice among rows which some other client made with a mask of its own: one of them must go.
+            self._own.execute(DISCARD_CONFLICTS)
+            return self._own.fetch(statement, given)
+
     def _asked_everywhere(self) -> dict[str, list[str]]:
         return {"p_queues": list(self._slots), "p_kinds": self._kinds()}
 
     def _fetch_suspect(self) -> bool:
         asked = {**self._asked_everywhere(), "p_id": self._runner_id}
-        return self._ready() and bool(self._execute_fetch(FETCH_SUSPECT, asked))
+        try:
+            return self._ready() and bool(self._execute_fetch(FETCH_SUSPECT, asked))
+        except DBAPIError as error:
+            spare(self._own, error, "fetching a job that is to run alone")
+            return False
 
     def _step_alone(self) -> float:
         """One look at the suspects' turn; when it is over the slots fill again."""
         self._recover()
         self._count_freed()
         self._starved = True
+        self._hungry = set(self._slots)  # for when it is over
         # A job that has ended is not alone with the next one before its result is written: it would run again.
         ended = not any(self._busy.values())
-        # Nor before it is known whether a fetch brought one whose reply was lost.
-        self.turn.step(busy=not (ended and self._written()) or bool(self._lost), fetch=self._fetch_suspect)
+        self.turn.step(busy=not (ended and self._written()), fetch=self._fetch_suspect)
         if not self.turn.on:
-            self._hungry = set(self._slots)
             return 0.0
-        if ended and not any(self._busy.values()):
+        if ended and not any(self._busy.values()) and not self.turn.lost:
             return RESULT_EVERY
         now = time.monotonic()
-        return max(0.0, min(self.turn.wait(now), self._poll, max(self.due.at - now, EVERY)))
+        wait = [self.turn.wait(now), self._poll, max(self.due.at - now, EVERY)]
+        if self.turn.lost:
+            wait.append(LOST_EVERY)
+        return max(0.0, min(wait))
 
     def _take(self, rows: list[Fetched]) -> None:
         # RETURNING comes in the order of the table.
@@ -302,14 +325,20 @@ class Fetcher:
         """Take what a fetch locked whose reply was lost: it is running under our token, and nobody else will free it
         while we live.
         """
-        if not self._lost:
+        if not self._lost or time.monotonic() < self._recover_at:
             return
-        found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
+        self._recover_at = time.monotonic() + LOST_EVERY
+        try:
+            found = self._own.execute(SELECT_LOST, {"p_tokens": list(self._lost)}).all()
+        except DBAPIError as error:
+            spare(self._own, error, "looking for what a fetch took whose reply was lost")
+            return
         now = time.monotonic()
         for row in found:
             self._take([tuple(row)])
         for token in {row[-1] for row in found} | {token for token, until in self._lost.items() if now > until}:
             del self._lost[token]
+        self.turn.lost = bool(self._lost)
 
     def _plan_poll(self, now: float, *, polling: bool, idle: bool) -> None:
         """Poll again one interval after the last poll, later while there is nothing; work in one queue puts off no look
@@ -332,7 +361,7 @@ class Fetcher:
                 return 0.0
         wait = [self._poll_at - now, self.due.wait(now), self.wakeups.wait(now)]
         if self._lost:
-            wait.append(1.0)
+            wait.append(LOST_EVERY)
         if self._waiting():
             wait.append(LATE)
         return max(0.0, min(wait))

@@ -34,7 +34,13 @@ from sqla_river.statements.counts import (
     SELECT_INDEX_SIZES,
     SELECT_QUEUE_NAMES,
 )
-from sqla_river.statements.due import SCHEDULE_DUE, SCHEDULE_KEYLESS, SCHEDULE_ONE, SELECT_LATER_DUE, SELECT_NEXT_DUE
+from sqla_river.statements.due import (
+    SCHEDULE_DUE,
+    SCHEDULE_DUE_AMONG,
+    SELECT_DUE,
+    SELECT_LATER_DUE,
+    SELECT_NEXT_DUE,
+)
 from sqla_river.statements.duties import (
     CLAIM_DUTY,
     DELETE_GONE_RUNNERS,
@@ -156,13 +162,13 @@ __all__ = [
     "RETRY_JOB",
     "RETRY_JOBS",
     "SCHEDULE_DUE",
+    "SCHEDULE_DUE_AMONG",
     "SCHEDULE_DUE_AT",
-    "SCHEDULE_KEYLESS",
-    "SCHEDULE_ONE",
     "SELECT_BOUNDS",
     "SELECT_CLOCK",
     "SELECT_COUNTS",
     "SELECT_CURRENT_SCHEMA",
+    "SELECT_DUE",
     "SELECT_DUTIES",
     "SELECT_FIGURES",
     "SELECT_FLEET",

@@ -2,11 +2,24 @@
 
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Double, Text, bindparam, cast, extract, func, select, true, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Double,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    extract,
+    func,
+    select,
+    update,
+)
 
 from sqla_river.statements.words import (
     MOMENT,
     NOW,
+    array_of,
     cannot_take_key,
     discarded_if,
     job,
@@ -19,21 +32,20 @@ from sqla_river.statements.words import (
 )
 
 _MOST: Final[ColumnElement[Any]] = literal("1000")
-_IN_ORDER: Final = (w.c.scheduled_at, w.c.id)
+_takes: Final = would_take_key(w).label("takes")
 
 
-def schedule_due(
-    now: ColumnElement[Any] = NOW,
-    *conditions: ColumnElement[bool],
-    order: tuple[ColumnElement[Any], ...] = _IN_ORDER,
-    limit: ColumnElement[Any] = _MOST,
-) -> Any:
-    """The statement for what is due at *now*."""
+def _is_due(now: ColumnElement[Any]) -> ColumnElement[bool]:
+    return and_(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= now)
+
+
+def schedule_due(now: ColumnElement[Any] = NOW, *conditions: ColumnElement[bool], told: bool = True) -> Any:
+    """The statement for what is due at *now*; whether it is *told* to other runners."""
     due = (
-        select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"))
-        .where(w.c.state.in_([state("retryable"), state("scheduled")]), w.c.scheduled_at <= now, *conditions)
-        .order_by(*order)
-        .limit(limit)
+        select(w.c.id, w.c.unique_key, _takes)
+        .where(_is_due(now), *conditions)
+        .order_by(w.c.scheduled_at, w.c.id)
+        .limit(_MOST)
         .with_for_update(skip_locked=True, of=w)
         .cte("due")
     )
@@ -46,9 +58,8 @@ def schedule_due(
         .cte("moved")
     )
     queues_moved = select(moved.c.queue, func.count().label("jobs")).group_by(moved.c.queue).cte("queues_moved")
-    return select(
-        queues_moved.c.queue, queues_moved.c.jobs, notification("river_insert", queue_payload(queues_moved.c.queue))
-    )
+    said = (notification("river_insert", queue_payload(queues_moved.c.queue)),) if told else ()
+    return select(queues_moved.c.queue, queues_moved.c.jobs, *said)
 
 
 # Evaluated once, before the first row is read; it ends with the transaction.
@@ -65,13 +76,20 @@ _briefly: Final[ColumnElement[bool]] = (
 # never call it.
 SCHEDULE_DUE: Final = schedule_due(NOW, _briefly)
 
-# Caller: fetch, where that failed: the rows that wait for no key. Index: river_job_due_idx. Locks: up to 1,000 rows,
-# none waited for.
-SCHEDULE_KEYLESS: Final = schedule_due(NOW, would_take_key(w).is_not(true()))
+# Caller: fetch, where that failed: which they are, and which of them wait for a key; but for those that were refused a
+# moment ago. The latest first: where many old ones are refused again and again, what has just come due is not behind
+# them. Index: river_job_due_idx. Locks: up to 1,000 rows, none waited for, so that it names none that others hold.
+SELECT_DUE: Final = (
+    select(w.c.id, _takes)
+    .where(_is_due(NOW), w.c.id != func.all(array_of("p_refused", BigInteger)))
+    .order_by(w.c.scheduled_at.desc(), w.c.id.desc())
+    .limit(_MOST)
+    .with_for_update(skip_locked=True, of=w)
+)
 
-# Caller: fetch, after it: one of the others, and each time another one, or a key that is not to be had would stand
-# before those that are. Index: river_job_due_idx. Locks: one row, and 100 ms for its key.
-SCHEDULE_ONE: Final = schedule_due(NOW, _briefly, would_take_key(w), order=(func.random(),), limit=literal("1"))
+# Caller: fetch, after it, for parts of what it named. The same as SCHEDULE_DUE, and nobody is told: where the server's
+# queue of notifications is full, what notifies fails. Index: river_job_pkey.
+SCHEDULE_DUE_AMONG: Final = schedule_due(NOW, _briefly, w.c.id == func.any(array_of("p_ids", BigInteger)), told=False)
 
 _recently: Final = NOW - literal("interval '1 day'")  # arithmetic on -infinity, or on a time BC, would raise
 

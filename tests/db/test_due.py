@@ -1,22 +1,34 @@
 """Due on time: what the timer asks of the database, and how often."""
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, Executable, text
 
 from sqla_river import statements
-from sqla_river.fetch import Fetcher, alone, due, fetcher
+from sqla_river.fetch import Fetcher, alone, bounds, due, fetcher
 from sqla_river.rows import JobRow
-from sqla_river.statements import FETCH_AVAILABLE, SCHEDULE_DUE, SELECT_NEXT_DUE
+from sqla_river.statements import (
+    FETCH_AVAILABLE,
+    SCHEDULE_DUE,
+    SCHEDULE_DUE_AMONG,
+    SELECT_BOUNDS,
+    SELECT_DUE,
+    SELECT_LATER_DUE,
+    SELECT_LOST,
+    SELECT_NEXT_DUE,
+)
 from sqla_river.states import JobState
+from sqla_river.store import OwnConnection
+from tests.hearing import DEFAULT, Ear
 from tests.making import (
     Count,
     Plan,
+    compiled,
     count_states,
     explain,
     make_fetcher,
@@ -70,6 +82,14 @@ def _check_plans(engine: Engine, future: int) -> None:
         assert schedule.indexes <= {"river_job_due_idx", "river_job_unique_idx", "river_job_pkey"}, schedule
         assert not [scan for scan in schedule.scans("river_job") if scan["Node Type"] == "Seq Scan"], schedule
         assert schedule.buffers < 100 * 40, (schedule, schedule.buffers)
+
+        named = _explained(engine, SELECT_DUE, {"p_refused": [1]}, mode)
+        assert named.indexes == {"river_job_due_idx"}, named
+        assert named.buffers < 100 * 10, (named, named.buffers)
+
+        part = _explained(engine, SCHEDULE_DUE_AMONG, {"p_ids": [future + 1, future + 2]}, mode)
+        assert part.indexes <= {"river_job_due_idx", "river_job_unique_idx", "river_job_pkey"}, part
+        assert part.buffers < 100 * 10, (part, part.buffers)
 
         fetch = _explained(engine, FETCH_AVAILABLE, ASKED, mode)
         assert fetch.indexes <= {"river_job_fetch_idx", "river_queue_pkey", "river_suspect_pkey"}, fetch
@@ -171,6 +191,147 @@ def test_a_due_job_that_somebody_has_locked_does_not_make_the_timer_spin(engine:
         _run(fetcher, local, 1.2)
 
     assert read_job(engine, job_id)["state"] == "running"
+
+
+def _refuse(engine: Engine, which: str) -> None:
+    """Let a trigger refuse whatever is done to the jobs of which *which* is true."""
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql "
+                "AS $$ BEGIN RAISE EXCEPTION 'job % is frozen', old.id; END $$"
+            )
+        )
+        connection.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE UPDATE ON river_job "
+                f"FOR EACH ROW WHEN ({which}) EXECUTE FUNCTION refuse()"
+            )
+        )
+
+
+def test_a_due_job_that_is_refused_is_named_and_does_not_make_the_timer_spin(
+    engine: Engine, local: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = make_job(engine, state="retryable", due_in=-timedelta(minutes=1))
+    make_jobs(engine, 999, state="scheduled", due_in=-timedelta(seconds=1))
+    _refuse(engine, f"old.id = {refused}")
+
+    with counting(engine, local, hears=lambda: True, slots={"default": 1_000}) as (fetcher, sent):
+        _run(fetcher, local, 1)
+        at_first = len(sent)
+        _run(fetcher, local, 59)
+
+    assert count_states(engine) == {"running": 999, "retryable": 1}
+    assert at_first < 90, sent
+    assert len(sent) - at_first < 420, len(sent)
+    assert f"making available job {refused} failed; jobs are fetched nevertheless" in caplog.text
+    assert len(caplog.records) == 2, caplog.text
+
+
+def test_what_comes_due_does_not_wait_behind_many_that_are_refused(
+    engine: Engine, local: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(due, "PATIENCE", 0.0)
+    make_jobs(engine, 1_100, state="retryable", due_in=-timedelta(minutes=1))
+    _refuse(engine, "old.state = 'retryable'")
+
+    with counting(engine, local, hears=lambda: True) as (fetcher, _):
+        _run(fetcher, local, 2)
+        job_id = make_job(engine, state="scheduled", due_in=timedelta(0))
+        _run(fetcher, local, 1.2)
+
+    assert read_job(engine, job_id)["state"] == "running"
+
+
+def test_what_was_refused_is_tried_again_though_another_is_refused_for_ever(engine: Engine, local: Time) -> None:
+    jobs = make_jobs(engine, 3, state="retryable", due_in=-timedelta(minutes=1))
+    _refuse(engine, "old.priority = 1")
+
+    with counting(engine, local, hears=lambda: True) as (fetcher, _):
+        _run(fetcher, local, 3)
+        refused = count_states(engine)
+        with engine.begin() as connection:
+            connection.execute(text("ALTER TABLE river_job DISABLE TRIGGER refuse"))
+            connection.execute(text("UPDATE river_job SET priority = 2 WHERE id <> :id"), {"id": jobs[0]})
+            connection.execute(text("ALTER TABLE river_job ENABLE TRIGGER refuse"))
+        _run(fetcher, local, 4)
+
+    assert refused == {"retryable": 3}
+    assert count_states(engine) == {"retryable": 1, "running": 2}
+
+
+FAILING: Final = {
+    "a look at the next due time": [SELECT_NEXT_DUE],
+    "the schedule, and which jobs are due": [SCHEDULE_DUE, SELECT_DUE],
+    "every schedule": [SCHEDULE_DUE, SCHEDULE_DUE_AMONG],
+    "a look at what is due later": [SELECT_LATER_DUE],
+    "a look for what was lost": [SELECT_LOST],
+    "a look at how far a fetch came": [SELECT_BOUNDS],
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_what_fails_beside_the_fetch_costs_no_fetch(
+    engine: Engine, local: Time, failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bounds, "WASTEFUL", -1.0)
+    make_job(engine, state="scheduled", due_in=-timedelta(minutes=1))
+    _refuse(engine, "old.state = 'scheduled'")
+    delivered: list[JobRow] = []
+    with failing_connection(engine, FAILING[failing]) as own:
+        fetcher = make_fetcher(own, delivered, hears=lambda: True)
+        fetcher._lost["test/0"] = local.now + 31
+        for number in range(5):
+            make_job(engine)
+            fetcher.heard("default")
+            _run(fetcher, local, 1)
+            assert len(delivered) == number + 1
+
+    assert "division by zero" in caplog.text
+
+
+@contextmanager
+def failing_connection(engine: Engine, failing: Collection[Any]) -> Generator[OwnConnection]:
+    """A connection on which the server refuses the statements *failing*."""
+    with opened(engine, **own_settings("fetch")) as own:
+        execute = own.execute
+
+        def refused(statement: Any, *rest: Any) -> Any:
+            return execute(text("SELECT 1 / 0"), *rest) if statement in failing else execute(statement, *rest)
+
+        setattr(own, "execute", refused)  # noqa: B010
+        yield own
+
+
+def test_jobs_come_due_also_where_nobody_can_be_told(
+    engine: Engine, local: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_jobs(engine, 1_500, state="scheduled", due_in=-timedelta(seconds=1))
+    telling = [value for value in vars(statements).values() if _notifies(value)]
+    with failing_connection(engine, telling) as own:
+        _run(make_fetcher(own, []), local, 0.5)
+
+    assert count_states(engine) == {"available": 1_400, "running": 100}
+    assert "telling other runners what came due failed; jobs are fetched nevertheless" in caplog.text
+
+
+def _notifies(value: object) -> bool:
+    return isinstance(value, Executable) and "pg_notify" in compiled(value)
+
+
+def test_others_are_told_of_what_came_due_beside_one_that_was_refused(engine: Engine, local: Time) -> None:
+    refused, *others = make_jobs(engine, 9, state="scheduled", due_in=-timedelta(seconds=1))
+    _refuse(engine, f"old.id = {refused}")
+
+    ear = Ear(engine.url.render_as_string(hide_password=False))
+    with counting(engine, local, hears=lambda: True, slots={"other": 1}) as (fetcher, _):
+        _run(fetcher, local, 1)
+        told = ear.heard()
+    ear.connection.close()
+
+    assert count_states(engine) == {"available": len(others), "scheduled": 1}
+    assert told == [DEFAULT]
 
 
 @pytest.mark.parametrize("when", ["infinity", "294276-12-31", "2200-01-01"])

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import attrs
 import pytest
-from sqlalchemy import Engine, func, select, text
+from sqlalchemy import Engine, create_engine, func, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqla_river import (
@@ -27,9 +28,12 @@ from sqla_river import (
     unique,
 )
 from sqla_river.context import JobContext
+from sqla_river.embedded import EmbeddedPostgres
 from sqla_river.rows import ANNOUNCED_AHEAD
-from tests.making import Count, eventually, make_jobs, read_job, read_jobs
-from tests.working import put
+from sqla_river.schema import create_all
+from tests.making import Count, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
+from tests.migrations.test_servers import SERVERS
+from tests.working import nothing, put, working
 
 SLOW_POLL: Final = timedelta(minutes=5)
 """So that nothing is found by polling."""
@@ -211,3 +215,70 @@ def test_a_due_job_that_somebody_has_locked_delays_no_other(engine: Engine) -> N
 
     assert [job_id for job_id, _ in began] == [other, locked]
     assert row["attempted_at"] - row["scheduled_at"] < timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+def test_a_due_job_that_a_trigger_refuses_holds_up_no_other(engine: Engine, key: str | None) -> None:
+    refused = make_job(
+        engine,
+        state="retryable",
+        due_in=-timedelta(minutes=1),
+        unique_key=key,
+        unique_states="00000001" if key else None,
+    )
+    make_jobs(engine, 50, state="scheduled", due_in=timedelta(0))
+    make_jobs(engine, 1, state="scheduled", due_in=timedelta(0), unique_key="other", unique_states="00000001")
+    make_jobs(engine, 50)
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql "
+                "AS $$ BEGIN RAISE EXCEPTION 'this row is frozen'; END $$"
+            )
+        )
+        connection.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE UPDATE ON river_job FOR EACH ROW "
+                f"WHEN (old.id = {refused}) EXECUTE FUNCTION refuse()"
+            )
+        )
+
+    with working(engine, nothing) as runner:
+        eventually(lambda: count_states(engine) == {"completed": 101, "retryable": 1}, what="all but one to complete")
+        put(engine, 1, scheduled_at=timedelta(milliseconds=200))
+        eventually(lambda: count_states(engine) == {"completed": 102, "retryable": 1}, what="what comes due later")
+        assert runner.health().problems == ()
+        with engine.begin() as connection:
+            connection.execute(text("DROP TRIGGER refuse ON river_job"))
+        eventually(all_are(engine, "completed", 103))
+
+
+NEWEST: Final = max(SERVERS, default=0)
+
+
+@pytest.mark.skipif(NEWEST < 17, reason="older servers hold 8 GB of notifications")
+def test_a_full_queue_of_notifications_holds_up_no_job() -> None:
+    with EmbeddedPostgres(settings={"max_notify_queue_pages": "64"}, binaries=SERVERS[NEWEST]) as postgres:
+        engine = create_engine(postgres.url())
+        create_all(engine)
+        with engine.connect() as deaf:
+            raw: Any = deaf.connection.dbapi_connection
+            raw.execute("LISTEN nothing")
+            raw.commit()
+            raw.execute("SELECT 1")  # the transaction stays open, and what is sent from now on stays in the queue
+            with pytest.raises(OperationalError, match="too many notifications"):
+                _notify_for_ever(engine)
+            make_jobs(engine, 50, state="retryable", due_in=timedelta(0))
+            make_jobs(engine, 50)
+            with working(engine, nothing):
+                eventually(all_are(engine, "completed", 100))
+                make_jobs(engine, 50, state="scheduled", due_in=timedelta(seconds=0.2))
+                make_jobs(engine, 50)
+                eventually(all_are(engine, "completed", 200))
+        engine.dispose()
+
+
+def _notify_for_ever(engine: Engine) -> None:
+    while True:
+        with engine.begin() as connection:
+            connection.execute(text("SELECT pg_notify('nothing', repeat('a', 7000) || random())"))

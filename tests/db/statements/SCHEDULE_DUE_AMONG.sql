@@ -1,6 +1,6 @@
 WITH due AS (SELECT w.id AS id, w.unique_key AS unique_key, w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state) AS takes
 FROM river_job AS w
-WHERE w.state IN ('retryable', 'scheduled') AND w.scheduled_at <= now() AND (w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state)) IS NOT true
+WHERE w.state IN ('retryable', 'scheduled') AND w.scheduled_at <= now() AND (SELECT set_config('lock_timeout', '100ms', true) AS set_config_1) IS NOT NULL AND w.id = any(%(p_ids)s::BIGINT[])
 ORDER BY w.scheduled_at, w.id
 LIMIT 1000
 FOR UPDATE OF w SKIP LOCKED), judged AS (SELECT due.id AS id, due.takes AND ((EXISTS (SELECT holder.id
@@ -13,5 +13,5 @@ FROM judged
 WHERE river_job.id = judged.id
 RETURNING river_job.queue), queues_moved AS (SELECT moved.queue AS queue, count(*) AS jobs
 FROM moved
-GROUP BY moved.queue) SELECT queues_moved.queue, queues_moved.jobs, pg_notify(coalesce(%(p_schema)s::VARCHAR, current_schema()) || '.river_insert', '{"queue": ' || CAST(to_json(queues_moved.queue) AS TEXT) || '}') AS pg_notify_1
+GROUP BY moved.queue) SELECT queues_moved.queue, queues_moved.jobs
 FROM queues_moved
