@@ -97,7 +97,9 @@ class Executor:
         self._cancelled: set[tuple[int, str]] = set()
         """Id and token: a job may be given back, and begin here again under another one."""
         self.running: dict[int, JobContext[Any]] = {}
-        """The jobs whose handler runs now, by id."""
+        """The jobs whose handler runs now, by the identity of the attempt: a job may be fetched again while an earlier
+        attempt at it still hangs here.
+        """
 
     def prepare(self) -> None:
         """Compile what decodes the args of each worker: no job need wait for that."""
@@ -114,9 +116,9 @@ class Executor:
     def cancel(self, fetched: Fetched) -> None:
         """Tell the handler of this job that somebody asked to cancel it; if it has yet to begin, as soon as it does."""
         self._cancelled.add((fetched[ID], fetched[TOKEN]))  # first: what begins in between looks there
-        attempt = self.running.get(fetched[ID])
-        if attempt is not None and attempt.row.token == fetched[TOKEN]:
-            cancel_context(attempt, "cancel")
+        for attempt in list(self.running.values()):
+            if attempt.row == fetched:
+                cancel_context(attempt, "cancel")
 
     def forget(self, fetched: Fetched) -> None:
         """Let go of a job that has not begun."""
@@ -212,11 +214,10 @@ class Executor:
 
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:
         """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
-        job_id = attempt.row.id
-        self.running[job_id] = attempt
+        self.running[id(attempt)] = attempt
         if self._interrupted:
             cancel_context(attempt, "stop")
-        elif (job_id, attempt.row.token) in self._cancelled:
+        elif (attempt.row.id, attempt.row.token) in self._cancelled:
             cancel_context(attempt, "cancel")
         seconds = worker.seconds or self._seconds
         if seconds is not None:
@@ -280,8 +281,7 @@ class Executor:
 
     def _end(self, attempt: "_Attempt") -> Result | None:
         row = attempt.row
-        if self.running.get(row.id) is attempt:  # a later attempt may stand there
-            del self.running[row.id]
+        self.running.pop(id(attempt), None)
         if self._cancelled:
             self._cancelled.discard((row.id, row.token))
         assert attempt.transition is not None

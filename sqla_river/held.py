@@ -223,9 +223,8 @@ class Held:
                 self._admission.leave(row[QUEUE])
             self._begin(keep)
             self._begin(self._admission.admit(ahead))
-        for row in rows:
-            job = self._executor.running.get(row[ID])
-            if job is not None and job.row == row:
+        for job in list(self._executor.running.values()):
+            if job.row in lost:
                 cancel_context(job, "lease lost")
 
     def _drop(self, rows: list[Fetched], lost: set[Fetched]) -> list[Fetched]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 import sqla_river
 from sqla_river import Exponential, JobContext, Workers
@@ -164,8 +164,31 @@ def test_a_handler_that_was_given_up_does_not_disturb_the_next_attempt(engine: E
     assert (row["attempt"], len(errors(row))) == (2, 1)
 
 
+def test_a_handler_that_hangs_is_given_up_though_its_job_was_fetched_again_here(
+    engine: Engine, impatient: None
+) -> None:
+    started = threading.Event()
+    with released() as release:
+
+        def handler(job: JobContext[Count]) -> None:
+            if job.attempt == 1:
+                started.set()
+                assert release.wait(60)
+
+        put(engine, 0)
+        workers = handling(handler, timeout=timedelta(seconds=1.5))
+        with working(engine, workers, 2, poll=timedelta(seconds=0.05)) as runner:
+            assert started.wait(30)
+            with engine.begin() as connection:  # somebody took its runner for dead
+                connection.execute(text("UPDATE river_job SET state = 'available'"))
+            eventually(all_are(engine, "completed", 1))
+            eventually(lambda: runner.stale == 1, 10, "the first to be given up")
+            assert runner._incarnation is not None
+            assert len(runner._incarnation._held) == 0
+            assert not release.is_set()
+
+
 def test_effects_of_a_transactional_handler_that_was_given_up_are_rolled_back(engine: Engine, impatient: None) -> None:
-    from sqlalchemy import text
     from sqlalchemy.orm import Session
 
     with engine.begin() as connection:
