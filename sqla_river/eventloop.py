@@ -23,6 +23,10 @@ TURN: Final = 100
 """Async jobs that begin one after the other, a millisecond of them, before the loop sees to its other tasks."""
 LEFT_TIMEOUT: Final = 0.2
 """Seconds for tasks that ignored a stop to end when the event loop does."""
+CLOSE_TIMEOUT: Final = 5.0
+"""Seconds for what belongs to the loop to be closed when it ends. Nobody waits for that."""
+Last = Callable[[], Callable[[], Coroutine[Any, Any, object]]]
+"""Parts with what belongs to a loop, so that no other meets it; what it returns is awaited there to close it."""
 
 
 def _name(row: Fetched) -> str:
@@ -30,7 +34,7 @@ def _name(row: Fetched) -> str:
 
 
 class EventLoop:
-    """The thread and event loop of async handlers; made when first needed. *last* is awaited when it ends."""
+    """The thread and event loop of async handlers; made when first needed. *last* is called once, when it ends."""
 
     def __init__(
         self,
@@ -38,13 +42,14 @@ class EventLoop:
         finished: Callable[[Fetched, Result | None], Fetched | None],
         name: str,
         runner: str,
-        last: Callable[[], Coroutine[Any, Any, object]] | None = None,
+        last: Last | None = None,
     ) -> None:
         self._execute = execute
         self._finished = finished
         self._name = name
         self._runner = runner
         self._last = last
+        self._closing: Callable[[], Coroutine[Any, Any, object]] | None = None
         self._making = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -96,9 +101,16 @@ class EventLoop:
                 self._loop.call_soon_threadsafe(self._loop.stop)
 
     def join(self, timeout: float) -> None:
-        """Wait at most *timeout* seconds for the thread's end."""
+        """Wait at most *timeout* seconds for the thread's end. After that nobody meets what belongs to the loop."""
         if self._thread is not None:
             self._thread.join(timeout)
+            self._part()
+
+    def _part(self) -> None:
+        """Part with what belongs to the loop, once: what another one has by then is not touched."""
+        with self._making:
+            if self._last is not None:
+                self._closing, self._last = self._last(), None
 
     def stack_of(self, row: Fetched) -> str:
         """Where the handler of *row* awaits; nothing if it is not known here."""
@@ -154,8 +166,10 @@ class EventLoop:
             if left:
                 loop.run_until_complete(asyncio.wait(left, timeout=LEFT_TIMEOUT))
             loop.run_until_complete(loop.shutdown_asyncgens())
-            if self._last is not None:
-                loop.run_until_complete(asyncio.wait_for(self._last(), LEFT_TIMEOUT))
+        with suppress(BaseException):
+            self._part()
+            if self._closing is not None:
+                loop.run_until_complete(asyncio.wait_for(self._closing(), CLOSE_TIMEOUT))
         loop.close()
 
     def _tick(self) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ from sqla_river import states
 from sqla_river.admission import Admission
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
-from sqla_river.eventloop import EventLoop
+from sqla_river.eventloop import EventLoop, Last
 from sqla_river.execute import Executor
 from sqla_river.failure import at
 from sqla_river.logs import Log, of_job
@@ -32,7 +32,7 @@ class Held:
         freed: told of the queue of each job that has come to its end.
         returned: told of the queue of each job that is let go without it.
         runner: the id that the log lines of the slots bear.
-        last: awaited when the event loop of the async handlers ends.
+        last: parts with what belongs to the event loop of the async handlers, and returns what closes it there.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Held:
         freed: Callable[[str], None],
         returned: Callable[[str], None],
         runner: str,
-        last: Callable[[], Coroutine[Any, Any, object]] | None,
+        last: Last | None,
     ) -> None:
         self._executor = executor
         self._completer = completer

@@ -39,7 +39,7 @@ from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.orders import Orders
 from sqla_river.rows import ID, QUEUE, Fetched, Result, row_of
-from sqla_river.settle import Scope
+from sqla_river.settle import Scope, parted
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.stopping import FLUSH_TIMEOUT, Stop
 from sqla_river.store import OwnConnection
@@ -142,7 +142,7 @@ class Incarnation:
             returned=self._fetcher.returned,
             runner=self.id,
             # Its connections are the loop's.
-            last=orders.async_engine.dispose if orders.async_engine is not None else None,
+            last=partial(parted, orders.async_engine) if orders.async_engine is not None else None,
         )
         self._counters = Counters(self.id)
         self._own_heart, self._own_complete, self._schema = heartbeat, complete, schema

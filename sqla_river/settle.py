@@ -9,8 +9,9 @@ supported.
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
@@ -282,6 +283,19 @@ class Scope:
             connection.execution_options(isolation_level="READ COMMITTED")
         schema = store.real_schema(connection, declared_schema(self._job_class))
         return Unit(connection, connection.begin(), row, schema)
+
+
+def parted(engine: "AsyncEngine") -> Callable[[], Coroutine[Any, Any, object]]:
+    """Give *engine* a new pool; what closes the connections of the one before, on the event loop that they belong to.
+
+    Its own dispose() closes first: for as long as that takes, and for good where it is cut short, others would meet
+    those connections on their own loop.
+    """
+    from sqlalchemy.util import greenlet_spawn
+
+    pool = engine.sync_engine.pool
+    engine.sync_engine.dispose(close=False)
+    return partial(greenlet_spawn, pool.dispose)
 
 
 def _options(given: dict[str, Any], unit: Unit) -> dict[str, Any]:
