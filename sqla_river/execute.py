@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
-from contextvars import copy_context
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from types import CoroutineType, TracebackType
@@ -12,6 +11,7 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
 from sqla_river.args import CattrsCodec, Codec
+from sqla_river.aside import Aside
 from sqla_river.context import JobContext, cancel_context, staged_metadata
 from sqla_river.hooks import WORK_EVERYWHERE, Around, Audience, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
@@ -93,6 +93,7 @@ class Executor:
         self._around: Around | None = None if around is None else lambda: _Surroundings(around())
         self._keep_logs = keep_logs
         self._audience = audience
+        self._aside = Aside("sqla_river-judge")
         self._interrupted = False
         self._cancelled: set[tuple[int, str]] = set()
         """Id and token: a job may be given back, and begin here again under another one."""
@@ -187,7 +188,7 @@ class Executor:
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown) or self.judge.asks(attempt.worker):
                 # The database and what is the user's may take their time: not here.
-                await _in_a_thread(partial(self._judge, attempt, error))
+                await self._aside.run(partial(self._judge, attempt, error))
             else:
                 self._failed(attempt, error)
         return self._end(attempt)
@@ -329,28 +330,6 @@ class _AsyncAttempt(_Attempt):
     def _cancel(self) -> None:
         if self.task is not None:
             self.told += self.task.cancel()
-
-
-async def _in_a_thread(call: Callable[[], object]) -> None:
-    """Await *call*, whoever cancels this task meanwhile, or has done so; here where no thread can be had for it."""
-    claims = [call]
-
-    def claimed() -> None:
-        try:
-            claim = claims.pop()
-        except IndexError:
-            return
-        claim()
-
-    try:
-        future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, claimed)
-    except RuntimeError:  # a pool that cannot grow keeps what it was given, and may run it later
-        claimed()
-        return
-    while not future.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([future])
-    future.result()
 
 
 def _forget_cancels(task: "asyncio.Task[Any]", times: int) -> None:

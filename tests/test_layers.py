@@ -13,7 +13,16 @@ PACKAGE = ROOT / "sqla_river"
 
 FLOORS: list[set[str]] = [
     {"errors", "states", "ddl", "logs", "signals"},  # 0 words and data; signals; standard library only
-    {"outcomes", "failure", "policy", "rows", "codec", "unique", "loop"},  # 1 plain values and pure rules
+    {
+        "outcomes",
+        "failure",
+        "policy",
+        "rows",
+        "codec",
+        "unique",
+        "loop",
+        "aside",
+    },  # 1 plain values, pure rules; threads
     {
         "options",
         "tables",

@@ -246,11 +246,13 @@ def test_the_next_life_meets_no_connection_of_the_last_one_however_long_they_tak
 
     async def handler(_: JobContext[Count], session: AsyncSession) -> None:
         await session.execute(text("SELECT 1"))
-        while len(own_to_the_loop) < 2:  # so that there are two connections
-            await asyncio.sleep(0.001)
+        if len(own_to_the_loop) == 2:
+            two_connections.set()
+        await two_connections.wait()
 
     own = create_async_engine(engine.url)
     own_to_the_loop: list[bool] = []
+    two_connections = asyncio.Event()
     closing, closed, slow = threading.Event(), threading.Event(), True
 
     @event.listens_for(own.sync_engine, "connect")
