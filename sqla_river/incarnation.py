@@ -129,7 +129,7 @@ class Incarnation:
             deliver=self._fetched,
             give_back=lambda queue: self._held.give_back_ahead(queue),
             written=lambda: not self.completer.backlog,
-            ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
+            ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted,
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.hears,
             wake=lambda: self._fetching.wake(),
@@ -140,8 +140,8 @@ class Incarnation:
             slots,
             freed=self._fetcher.freed,
             returned=self._fetcher.returned,
+            recovered=self._fetcher.relieved,
             runner=self.id,
-            # Its connections are the loop's.
             last=partial(parted, orders.async_engine) if orders.async_engine is not None else None,
         )
         self._counters = Counters(self.id)
@@ -350,8 +350,8 @@ class Incarnation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many handlers hang that this process should end."""
-        return self._held.exhausted.is_set()
+        """Whether so many handlers hang that nothing is fetched: a process that does nothing else should end."""
+        return self._held.exhausted
 
     def hurry(self) -> None:
         """See `Stop.hurry`."""

@@ -19,9 +19,10 @@ from sqlalchemy import Engine, text
 
 import sqla_river
 from sqla_river import Exponential, JobContext, Workers
+from sqla_river.health import Health
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, Greet, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, released, settled, working
+from tests.working import HOUR, SLOW_POLL, errors, handling, outcome, put, released, settled, working
 
 ROOT: Final = Path(sqla_river.__file__).parent.parent
 SHORT: Final = timedelta(seconds=0.1)
@@ -270,6 +271,34 @@ def test_as_many_handlers_may_hang_as_there_are_slots_and_then_the_process_ends(
     assert "too many handlers hang" in output
     assert count_states(engine) == {"retryable": 3}
     assert {row["attempt"] for row in read_jobs(engine)} == {1}
+
+
+@pytest.mark.parametrize("how", ["they end", "there are more slots"])
+def test_nothing_is_fetched_while_more_handlers_hang_than_there_are_slots(
+    engine: Engine, impatient: None, how: str
+) -> None:
+    with released() as release:
+
+        def handler(job: JobContext[Count]) -> None:
+            if not job.args.number:
+                assert release.wait(60)
+
+        put(engine, 0, 0, 0)
+        workers = handling(handler, timeout=SHORT, retry=Exponential(HOUR))
+        with working(engine, workers, 2, poll=SLOW_POLL) as runner:
+            eventually(lambda: not runner.health().ready, what="it to be noticed")
+            assert runner.health() == Health(True, False, ("more handlers hang than there are slots",))
+            (job_id,) = put(engine, 1)
+            stations = runner._incarnation
+            assert stations is not None
+            eventually(lambda: "default" in stations._fetcher._hungry, what="the fetch to be woken")
+            assert read_job(engine, job_id)["state"] == "available"
+            if how == "they end":
+                release.set()
+            else:
+                runner.queues["default"] = 3
+            assert settled(engine, job_id)["state"] == "completed"
+            assert runner.health() == Health(True, True, ())
 
 
 # ---- async
