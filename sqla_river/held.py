@@ -252,6 +252,7 @@ class Held:
             if not self._hand_on(row, result):
                 return
             self._given_up.add(row)
+            self._event_loop.give_up(row)
         log.error(
             "job %d (%s) ignores its timeout and is given up; it hangs at %s",
             job.id,
@@ -266,11 +267,13 @@ class Held:
             self._begin([following])
         with self._giving_up:
             self._judge_the_hanging()
+        self._event_loop.look()
 
     def _come_back(self, row: Fetched) -> None:
         """The handler of *row*, which was given up, has come to its end after all."""
         with self._giving_up:
             self._given_up.discard(row)
+            self._event_loop.come_back(row)
             self._judge_the_hanging()
 
     def _judge_the_hanging(self) -> None:
@@ -285,7 +288,9 @@ class Held:
     # ---- the slots --------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Say so if a handler blocks the event loop, and see that threads are called for what waits."""
+        """Say so if a handler blocks the event loop, leave one that is lost, and see that threads are called for what
+        waits.
+        """
         self._event_loop.look()
         self._threads.look()
 

@@ -263,12 +263,15 @@ class Scope:
 
     async def _wait_for_async_connection(self) -> "AsyncConnection":
         assert self._async_engine is not None
+        pool = self._async_engine.sync_engine.pool
         for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             try:
                 return await self._async_engine.connect()
             except _NONE_FREE as error:
                 self._none_free(error)
             await asyncio.sleep(pause)
+            if self._async_engine.sync_engine.pool is not pool:  # `parted`: the next one belongs to another loop
+                raise NeverBegunError
         raise AssertionError
 
     def _none_free(self, error: Exception) -> None:
