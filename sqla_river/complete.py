@@ -7,7 +7,7 @@ batches under load (group commit): while one is being written, the next gathers.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +28,7 @@ log: Final = Log(__name__)
 LARGEST_BATCH: Final = 2_000
 """Results of one statement: twice what a fetch brings, so that the completer catches up with the slots."""
 LARGEST_BACKLOG: Final = 10_000
-"""Results not yet written, beyond which nothing more is fetched; River's number."""
+"""Results not yet written, for whatever reason, beyond which nothing more is fetched; River's number."""
 NOTE_EVERY: Final = 1.0
 """Seconds between two writings of progress."""
 _FIRST_RETRY: Final = 0.05
@@ -47,7 +47,7 @@ class Again(NamedTuple):
 
     at: float
     pause: float
-    results: list[Result]
+    results: list[Result | Fetched]
 
 
 class Written(NamedTuple):
@@ -59,6 +59,12 @@ class Written(NamedTuple):
     again: list[Again]
     stale: list[JobRow]
     """Jobs that were no longer this runner's."""
+
+    def add(self, results: Iterable[Result], came_to: Mapping[int, JobState]) -> None:
+        """Those of *results* whose jobs *came_to* something, by id."""
+        through = [result for result in results if result.job.id in came_to]
+        self.results.extend(through)
+        self.states.extend(came_to[result.job.id] for result in through)
 
 
 class Completer:
@@ -93,6 +99,8 @@ class Completer:
         self._noted_at = 0.0
         self._idle = True
         """Whether the loop may be waiting for a result."""
+        self._full = False
+        """Whether somebody was told that there is no room, and not yet that there is again."""
         self.stale = 0
         """Results that changed nothing, because the job was no longer this runner's."""
 
@@ -124,22 +132,23 @@ class Completer:
 
     @property
     def ready(self) -> bool:
-        """Whether there is room for more."""
-        return len(self._results) + len(self._taken) < LARGEST_BACKLOG
+        """Whether there is room for more; whoever hears that there is none is relieved later."""
+        if self.backlog < LARGEST_BACKLOG:
+            return True
+        self._full = True
+        return self.backlog < LARGEST_BACKLOG  # again: what was written before that relieves nobody
 
     def step(self) -> float:
         """Write one batch, and what is to be tried again; seconds until the next look."""
         self._idle = False
         if not self._taken:
             self._take()
-        crowded = False
         if self._taken:
             self._write(self._taken, _FIRST_RETRY)
-            # Half is enough: there may have been too many at any moment since the last batch.
-            crowded = len(self._results) + len(self._taken) >= LARGEST_BACKLOG / 2
             self._taken = []
         self._retry(time.monotonic())
-        if crowded and self.ready:
+        if self._full and self.backlog < LARGEST_BACKLOG:
+            self._full = False  # before they are told: they look again, and may find it full again
             self._relieved()
         if self._progress and time.monotonic() >= self._noted_at + NOTE_EVERY:
             self._note()
@@ -195,11 +204,12 @@ class Completer:
             # Only now: it stays if the database is away, and no look at `backlog` may miss it.
             self._again = [other for other in self._again if other is not again]
 
-    def _write(self, ended: Sequence[Result | Fetched], pause: float) -> None:
+    def _write(self, ended: list[Result | Fetched], pause: float) -> None:
         """Write what has *ended*; what somebody has locked is put aside for *pause* seconds.
 
         Raises:
             Exception: the database is away; nothing of it is forgotten, and writing it again changes nothing twice.
+                What is through by then is marked as settled.
         """
         written = Written([], [], [], [])
         results = [each for each in ended if isinstance(each, Result)]
@@ -219,13 +229,21 @@ class Completer:
             rows = []
         if others:
             others.sort(key=_id_of_job)
-            for batch in _apart(others):
-                self._write_batch(batch, pause, written)
+            try:
+                for batch in _apart(others):
+                    self._write_batch(batch, pause, written)
+            except Exception:
+                _mark_settled(ended, written, rows)
+                raise
+        # It is committed: what would raise from here on would have all of it counted again.
+        self._again += written.again
         if rows:
             self._completed(rows)
         if written.results:
             self._written(written.results, written.states)
-        self._again += written.again
+        if JobState.AVAILABLE in written.states:
+            came_to = zip(written.results, written.states, strict=True)
+            self._announce(sorted({result.job.queue for result, state in came_to if state == JobState.AVAILABLE}))
         if written.stale:
             self.stale += len(written.stale)
             ids = [job.id for job in written.stale[:20]]
@@ -247,7 +265,8 @@ class Completer:
 
     def _write_batch(self, batch: list[Result], pause: float, written: Written) -> None:
         try:
-            came_to = self._settle(batch)
+            given = settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch])
+            came_to = {job_id: JobState(state) for job_id, state in self._own.execute(SETTLE_JOBS, given)}
         except Exception as error:
             if _away(error):
                 raise
@@ -258,13 +277,10 @@ class Completer:
             else:
                 written.again.append(_refused(batch[0], error, pause))
             return
-        if None in came_to:
-            missing = [result for result, state in zip(batch, came_to, strict=True) if state is None]
-            found = self._look_after(missing, pause, written)
-            came_to = [state or found.get(result.job.id) for result, state in zip(batch, came_to, strict=True)]
-            batch = [result for result, state in zip(batch, came_to, strict=True) if state is not None]
-        written.results.extend(batch)
-        written.states.extend(filter(None, came_to))
+        written.add(batch, came_to)  # first: to look after the others may fail
+        if len(came_to) < len(batch):
+            missing = [result for result in batch if result.job.id not in came_to]
+            written.add(missing, self._look_after(missing, pause, written))
 
     def _look_after(self, missing: list[Result], pause: float, written: Written) -> dict[int, JobState]:
         """Why some ids did not come back: written by an earlier try whose reply was lost; locked by somebody; or no
@@ -274,23 +290,23 @@ class Completer:
         given = {"p_ids": [job.id for job in jobs], "p_tokens": [job.token for job in jobs]}
         rows = self._own.execute(SELECT_HELD, given).all()
         states = {row.id: JobState(row.state) for row in rows}
-        held = [result for result in missing if states.get(result.job.id) == JobState.RUNNING]
+        held: list[Result | Fetched] = [each for each in missing if states.get(each.job.id) == JobState.RUNNING]
         if held:
             written.again.append(Again(time.monotonic() + pause, pause, held))
         written.stale.extend(job for job in jobs if job.id not in states)
         return {job_id: state for job_id, state in states.items() if state != JobState.RUNNING}
 
-    def _settle(self, batch: list[Result]) -> Sequence[JobState | None]:
-        """What each came to; None for those that were left out."""
-        rows = self._own.execute(
-            SETTLE_JOBS,
-            settle_parameters([(result.job.id, result.job.token, result.transition) for result in batch]),
-        )
-        states = {job_id: JobState(state) for job_id, state in rows}
-        given_back = sorted({result.job.queue for result in batch if states.get(result.job.id) == JobState.AVAILABLE})
-        if given_back:
-            self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": given_back})
-        return [states.get(result.job.id) for result in batch]
+    def _announce(self, queues: list[str], *, again: bool = True) -> None:
+        """Let other runners hear of jobs that are available again. It is a hint, without which they find them at their
+        next poll: a lost connection gives it one more try, and a full queue of notifications (54000) a line in the log.
+        """
+        try:
+            self._own.execute(NOTIFY_QUEUES, {"p_schema": self._own.schema, "p_queues": queues})
+        except Exception as error:  # noqa: BLE001 - the outcomes are written
+            if again and isinstance(error, DBAPIError) and error.connection_invalidated:
+                self._announce(queues, again=False)
+            else:
+                log.warning("could not announce the queues %s: %s", queues, str(error).partition("\n")[0])
 
 
 def _refused(result: Result, error: Exception, pause: float) -> Again:
@@ -336,6 +352,17 @@ def settle_parameters(results: Sequence[tuple[int, str, Transition]]) -> dict[st
     }
 
 
+def _mark_settled(ended: list[Result | Fetched], written: Written, rows: Sequence[Fetched]) -> None:
+    """Say in *ended* what is through: what is *written* so far, and *rows*, which just completed. Written again, one
+    whose job somebody fetched meanwhile would look as if it came too late.
+    """
+    through = {_fence_of(result.job): state for result, state in zip(written.results, written.states, strict=True)}
+    through |= dict.fromkeys(map(_fence_of, rows), JobState.COMPLETED)
+    for place, each in enumerate(ended):
+        result = each if isinstance(each, Result) else Result(row_of(each), _JUST_COMPLETED)
+        ended[place] = result._replace(settled=through.get(_fence_of(result.job), result.settled))
+
+
 def _apart(results: Iterable[Result]) -> list[list[Result]]:
     """*results* in batches that have no job twice, as it may be if it was fetched again while it ran: the database's
     answers name jobs, not attempts.
@@ -351,7 +378,6 @@ def _apart(results: Iterable[Result]) -> list[list[Result]]:
 
 _id_of_job: Final = attrgetter("job.id")
 _fence_of: Final = itemgetter(ID, TOKEN)
-
 
 _AWAY: Final = frozenset({"08", "25", "40", "53", "55", "57", "58", "F0", "XX"})
 

@@ -3,10 +3,12 @@
 import json
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from types import MethodType
+from typing import Any, Final, Generic, Literal, NoReturn, TypeVar, cast
 
 from sqla_river import redact
 from sqla_river.errors import InvalidOptionError
@@ -16,6 +18,7 @@ from sqla_river.options import check_json, json_text
 from sqla_river.rows import JobRow
 
 A_co = TypeVar("A_co", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
 
 CancelReason = Literal["timeout", "cancel", "stop", "lease lost"]
 
@@ -25,6 +28,9 @@ KEPT_LOGS: Final = 25
 _LOGS_KEY: Final = "river:log"
 
 _lock: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could never ask `job.cancelled`
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class Cancelled(threading.Event):
@@ -78,6 +84,25 @@ class Metadata(MutableMapping[str, Any]):
             return None
         changes = self._changes.copy()  # a handler that was given up may go on assigning
         return "{" + ",".join(f"{json.dumps(key)}:{text}" for key, text in changes.items()) + "}"
+
+
+class _Verb:
+    """A method that no assignment hides: ``job.output = 5`` would store nothing, and say nothing."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, job: object, _: type | None = None) -> Callable[..., Any]:
+        return self._method if job is None else MethodType(self._method, job)
+
+    def __set__(self, job: object, value: object) -> NoReturn:
+        name = self._method.__name__
+        raise AttributeError(f"job.{name} is a method, and stores what it is called with: write job.{name}(...)")
+
+
+def _verb(method: F) -> F:
+    return cast("F", _Verb(method))
 
 
 class JobContext(Generic[A_co]):
@@ -145,6 +170,7 @@ class JobContext(Generic[A_co]):
             self._metadata = Metadata(cast("dict[str, Any]", stored) if isinstance(stored, dict) else {})
         return self._metadata
 
+    @_verb
     def output(self, value: Any) -> None:
         """Record a result, at most 1 MiB of JSON, under River's metadata key ``output``; stored with the outcome,
         whatever that is.
@@ -160,6 +186,7 @@ class JobContext(Generic[A_co]):
             )
         self.metadata["output"] = value
 
+    @_verb
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
         """Show how far the job is, in its metadata under ``sqla_river:progress``, while it runs. Cheap: written at
         most once a second. Of a transactional job on an engine of REPEATABLE READ or SERIALIZABLE nothing is shown: its

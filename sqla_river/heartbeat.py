@@ -8,7 +8,7 @@ still its own. Each beat also asks the reverse: which jobs run under this runner
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river.logs import Log
+from sqla_river.refusal import REFUSED_FOR, in_parts, said_of, told_if_possible
 from sqla_river.rows import ID, TOKEN, Fetched
 from sqla_river.statements import (
     DELETE_RUNNER,
@@ -119,6 +120,10 @@ class Heartbeat:
         self._rescued = rescued
         self._missed: dict[tuple[int, str], float] = {}
         """Jobs that are unknown, by id and token, and since when (monotonic)."""
+        self._refused: dict[tuple[int, str], float] = {}
+        """Those of them that were refused when they stood alone, and until when they are left out (monotonic)."""
+        self._parts: Iterator[Sequence[Any]] | None = None
+        """The freeing of some that the next beat goes on with."""
         self._learnt = learnt
         self._beat = beat
         self._touched_at = -math.inf
@@ -227,20 +232,28 @@ class Heartbeat:
 
         A crash of the database that did not wait for its disk, or a failover to a standby that was behind, takes the
         last commits back: the end of a job may be among them, and its fetch not. Nobody else frees it while this runner
-        lives. Nothing that is only on its way stays so from one beat to the next.
+        lives. Nothing that is only on its way stays so from one beat to the next. What the database refuses is left out
+        for a minute, so that it keeps no other.
         """
         missed = self._unknown(running) if running else ()
         self._missed = {each: self._missed.get(each, began) for each in missed}
-        strays = sorted(each for each, since in self._missed.items() if began - since >= self._every)[:MOST_STRAYS]
-        if not strays:
-            return
-        ids, tokens = zip(*strays, strict=True)
-        given = {"p_ids": list(ids), "p_tokens": list(tokens), "p_schema": self._own.schema}
+        self._refused = {each: until for each, until in self._refused.items() if each in self._missed and until > began}
+        parts, self._parts = self._parts, None
+        if parts is None:
+            due = (each for each, since in self._missed.items() if began - since >= self._every)
+            strays = sorted(each for each in due if each not in self._refused)[:MOST_STRAYS]
+            if not strays:
+                return
+            parts = in_parts(strays, self._free_strays, self._leave_out)
+        freed: list[Any] = []
         try:
-            freed = self._own.execute(RESCUE_STRAYS, given).all()
-        except DBAPIError as error:  # a row that cannot be freed keeps no runner from its heartbeat
-            log.warning("could not free %d jobs that nobody works: %s", len(ids), str(error).partition("\n")[0])
-            return
+            for rows in parts:
+                freed += rows
+                if time.monotonic() - began > self._every:  # the lease comes first; what it frees is fenced
+                    self._parts = parts
+                    break
+        except DBAPIError as error:
+            log.warning("could not free jobs that nobody works: %s", said_of(error))
         if freed:
             log.warning(
                 "freed %d jobs that ran under this runner's name, and that it held no more, as after a crash or a "
@@ -249,6 +262,21 @@ class Heartbeat:
                 [row.id for row in freed[:20]],
             )
             self._rescued(freed)
+
+    def _free_strays(self, strays: Sequence[tuple[int, str]]) -> Sequence[Any]:
+        ids, tokens = zip(*strays, strict=True)
+        given = {"p_ids": list(ids), "p_tokens": list(tokens), "p_schema": self._own.schema}
+        return told_if_possible(lambda tell: self._own.execute(RESCUE_STRAYS, {**given, "p_tell": tell}).all())
+
+    def _leave_out(self, stray: tuple[int, str], error: Exception) -> None:
+        self._refused[stray] = time.monotonic() + REFUSED_FOR
+        log.remind(
+            "job %d, which nobody works, cannot be freed and stays running; tried again in %.0f s: %s",
+            stray[0],
+            REFUSED_FOR,
+            said_of(error),
+            job_id=stray[0],
+        )
 
     def leave(self) -> None:
         """Take the runner's row away, if it was ever written, unless a running job still names it."""

@@ -85,7 +85,7 @@ class Event:
 
 
 EVENTS_EVERYWHERE: Final[list[Callable[[Event], object]]] = []
-"""Told of every event of this process, in the runner's own threads: it must neither wait nor raise."""
+"""Told of every event of this process, in the runner's own threads: it must not wait. What it raises is logged."""
 
 
 class Subscription:
@@ -178,7 +178,11 @@ class Events:
         for subscription in self.subscriptions:
             subscription.put(event)
         for told in EVENTS_EVERYWHERE:
-            told(event)
+            try:
+                told(event)
+            except BaseException as error:  # noqa: BLE001 - nor does one listener keep the next
+                name = getattr(told, "__qualname__", type(told).__name__)
+                log.warning("%s(%s) failed: %s", name, event.kind, message_of(error))
 
     def results(self, written: Iterable[tuple[Result, JobState]]) -> None:
         for result, state in written:
@@ -233,7 +237,7 @@ class Meters:
         for meter in self.meters:
             try:
                 getattr(meter, what)(told)
-            except Exception as error:  # noqa: BLE001 - nor does one meter keep the next
+            except BaseException as error:  # noqa: BLE001 - nor does one meter keep the next
                 log.warning("%s.%s() failed: %s", type(meter).__name__, what, message_of(error))
 
 

@@ -5,9 +5,12 @@ The records are those of standard `logging`, under ``sqla_river.<module>``.
 """
 
 import logging
+import os
 import re
 import threading
+import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from time import monotonic
 from typing import Any, Final, cast
@@ -31,7 +34,11 @@ _IN_WORDS: Final = re.compile(
 _DIGITS: Final = re.compile(r"[0-9]+")
 
 _said: Final[dict[tuple[Any, ...], tuple[float, int]]] = {}
-_lock: Final = threading.Lock()
+# Reentrant: a signal handler that logs may meet its own thread here.
+_lock: Final = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it would hang on its first line
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def one_line(text: str) -> str:
@@ -112,7 +119,12 @@ class Log:
         message, args = rendered(message, args, clean)
         if more:
             message = f"{message} (and {more} more like it)"
-        self._logger.log(level, message, *args, extra=extra, stacklevel=3)
+        try:
+            self._logger.log(level, message, *args, extra=extra, stacklevel=3)
+        except Exception:  # noqa: BLE001 - a filter or handler of the user's: no thread of ours ends for that
+            if logging.raiseExceptions:  # as logging itself says what goes wrong within a handler
+                with suppress(Exception):
+                    traceback.print_exc()
 
 
 def _since(every: float, key: tuple[Any, ...]) -> int | None:

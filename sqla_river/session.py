@@ -63,13 +63,13 @@ def mark_changed(session: Session | Connection) -> None:
     """Tell zope.sqlalchemy, if it watches *session*, that there is something to commit: Core work alone it would roll
     back, silently.
     """
-    zope = sys.modules.get("zope.sqlalchemy")
+    zope: Any = sys.modules.get("zope.sqlalchemy")
     if zope is None or not isinstance(session, Session):
         return
     # By what listens, for it knows its transaction manager. After an abort of a session that is kept, zope has
     # forgotten that session, whose transaction goes on.
     for listener in session.dispatch.after_flush:
-        watch = getattr(listener, "__self__", None)
+        watch: Any = getattr(listener, "__self__", None)
         if isinstance(watch, zope.ZopeTransactionEvents):
             watch.mark_changed(session)
             return

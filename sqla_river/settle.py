@@ -7,6 +7,7 @@ supported.
 """
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
@@ -48,6 +49,9 @@ _FOLLOWS_OTHERS: Final = {"READ COMMITTED", "READ UNCOMMITTED", "AUTOCOMMIT"}
 _KEY: Final = "sqla_river.unit"
 _classes: WeakKeyDictionary[type[Session], type[Session]] = WeakKeyDictionary()
 _lock: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could work in no Session
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class LostJobError(Exception):

@@ -23,7 +23,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def run(*words: str, cwd: Path = ROOT, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *words], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=60, check=False
+        [*COMMAND, *words], cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -51,9 +51,9 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not what():
-        assert time.monotonic() < deadline, "waited 20 seconds in vain"
+        assert time.monotonic() < deadline, "waited 60 seconds in vain"
         time.sleep(0.001)
 
 

@@ -2,11 +2,12 @@
 
 import itertools
 import os
+import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_river import logs
@@ -16,10 +17,17 @@ from tests.database import catalog, emptied_tables, end_others, name_exists
 
 _numbers = itertools.count()
 
+# What a shell runs in the background ignores SIGINT, and what nohup runs SIGHUP; and so would every program that a test
+# starts. A handler is not inherited, and this run goes on as before.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
+
 # What a crowded machine takes is no law; and what lands is judged by examples that are the same each time, while a
 # developer's runs look for new ones. All of them, deeper: `--hypothesis-profile deep -n 2 tests/unit`.
-settings.register_profile("without a clock", deadline=None, derandomize="CI" in os.environ)
-settings.register_profile("deep", deadline=None, max_examples=20_000, derandomize=False)
+NO_CLOCK: Final[dict[str, Any]] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("without a clock", **NO_CLOCK, derandomize="CI" in os.environ)
+settings.register_profile("deep", **NO_CLOCK, max_examples=20_000, derandomize=False)
 settings.load_profile("without a clock")
 
 
@@ -46,7 +54,9 @@ def server() -> Iterator[str]:
     if given:
         yield given
         return
-    with EmbeddedPostgres(settings={"max_prepared_transactions": "10"}) as postgres:  # for two-phase sessions
+    # For two-phase sessions; and no vacuum or analyze comes in between: plans, buffers and locks are the test's own.
+    settings = {"max_prepared_transactions": "10", "autovacuum": "off"}
+    with EmbeddedPostgres(settings=settings) as postgres:
         yield postgres.url()
 
 

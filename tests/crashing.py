@@ -186,4 +186,4 @@ def bury(process: "subprocess.Popen[bytes]") -> int:
     process.kill()
     if process.poll() is None:
         process.send_signal(signal.SIGCONT)
-    return process.wait(10)
+    return process.wait(30)

@@ -19,7 +19,7 @@ SMS = '{"queue": "notifications"}'
 
 def until(true: Callable[[], bool]) -> None:
     """Wait for what has no signal of its own."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline
         threading.Event().wait(0.001)
@@ -44,7 +44,7 @@ class Ear:
             said.append(one)
         return said
 
-    def next(self, timeout: float = 10) -> str:
+    def next(self, timeout: float = 30) -> str:
         """The next that is said."""
         if not self._waiting:
             self._waiting.extend(one.payload for one in self.connection.notifies(timeout=timeout, stop_after=1))

@@ -30,7 +30,7 @@ class Second:
 
     def join(self) -> Any:
         """What its work came to, or raised, once it has committed."""
-        self.thread.join(10)
+        self.thread.join(30)
         assert not self.thread.is_alive()
         if self.error is not None:
             raise self.error

@@ -21,8 +21,9 @@ FLOORS: list[set[str]] = [
         "codec",
         "unique",
         "loop",
+        "refusal",
         "aside",
-    },  # 1 plain values, pure rules; threads
+    },  # 1 plain values and pure rules; threads
     {
         "options",
         "tables",

@@ -127,7 +127,7 @@ def released() -> Generator[threading.Event]:
     finally:
         event.set()
         for thread in set(threading.enumerate()) - before:
-            thread.join(10)
+            thread.join(30)
 
 
 def quietly(act: Callable[[], object]) -> None:

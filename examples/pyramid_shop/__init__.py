@@ -11,7 +11,7 @@ from shop.models import sessions
 
 def main(_global_config: dict[str, str], **settings: Any) -> Any:
     """The WSGI application."""
-    engine = create_engine(os.environ["DATABASE_URL"], pool_pre_ping=True)
+    engine = create_engine(os.environ["DATABASE_URL"], pool_pre_ping=True, pool_size=35)  # one for each slot, below
     sessions.configure(bind=engine)
     config: Any = Configurator(settings=settings)
     config.registry["dbsession_factory"] = sessions

@@ -20,7 +20,7 @@ from sqlalchemy import URL
 from sqla_river.cli import ground
 from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
-from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Tell, run
+from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Viewer, run
 from sqla_river.cli.screen import new_console, new_table
 from sqla_river.schema import create_all
 
@@ -61,7 +61,7 @@ def bench(
     with ExitStack() as stack:
         try:
             with told():
-                _measure(profiles or tuple(PROFILES), url, settings, stack, as_json=as_json)
+                _measure(profiles or tuple(PROFILES), url, settings, stack, interrupts, as_json=as_json)
         except TimeoutError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
@@ -75,7 +75,13 @@ def bench(
 
 
 def _measure(
-    profiles: tuple[str, ...], url: URL | None, settings: Settings, stack: ExitStack, *, as_json: bool
+    profiles: tuple[str, ...],
+    url: URL | None,
+    settings: Settings,
+    stack: ExitStack,
+    interrupts: Interrupts,
+    *,
+    as_json: bool,
 ) -> None:
     engine, where = ground.prepare(url, "bench", stack, pool_size=POOL)
     create_all(engine)
@@ -87,9 +93,19 @@ def _measure(
     }
     told_to = Console(stderr=True, highlight=False)
     figures: list[Figure] = []
-    for profile in profiles:
-        with _shown(told_to, profile) as tell:
-            figures += run(profile, engine, settings, tell)
+    try:
+        for profile in profiles:
+            interrupts.check()
+            with _shown(told_to, profile, interrupts) as viewer:
+                figures.extend(run(profile, engine, settings, viewer))
+    except Exception:  # what was found before took its time
+        if figures:
+            _print(figures, settings, versions, where, as_json=as_json)
+        raise
+    _print(figures, settings, versions, where, as_json=as_json)
+
+
+def _print(figures: list[Figure], settings: Settings, versions: dict[str, str], where: str, *, as_json: bool) -> None:
     if as_json:
         found = [figure._asdict() for figure in figures]
         click.echo(json.dumps({"settings": settings._asdict(), "versions": versions, "figures": found}, indent=2))
@@ -101,15 +117,20 @@ def _measure(
 
 
 @contextmanager
-def _shown(console: Console, profile: str) -> Generator[Tell]:
+def _shown(console: Console, profile: str, interrupts: Interrupts) -> Generator[Viewer]:
     """A bar for *profile*, on a terminal."""
     if not console.is_terminal:
-        yield lambda _done, _of: None
+        yield Viewer(lambda _done, _of: interrupts.check(), interrupts.check)
         return
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(profile, total=1)
-        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+        def tell(done: int, of: int) -> None:
+            interrupts.check()
+            progress.update(task, completed=done, total=of)
+
+        yield Viewer(tell, interrupts.check)
 
 
 def _table(console: Console, figures: list[Figure]) -> Table:

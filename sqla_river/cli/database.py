@@ -64,15 +64,19 @@ def schema_option(command: F) -> F:
 
 @contextlib.contextmanager
 def told() -> Generator[None, None, None]:
-    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1."""
+    """Tell our errors and the database's in a line each, without a traceback; they end the command with exit code 1,
+    with 2 where what was given cannot be.
+    """
     try:
         yield
+    except InvalidOptionError as error:
+        raise click.UsageError(str(error)) from error
     except RiverError as error:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:
         raise click.ClickException(f"the database says: {str(error.orig).strip()}") from error
 
 
-def engine_for(url: URL, **options: Any) -> Engine:
+def engine_for(url: URL) -> Engine:
     """An engine without a pool, for a command that ends soon."""
-    return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT, **options})
+    return create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT})

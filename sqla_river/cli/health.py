@@ -22,7 +22,7 @@ from sqla_river.health import RunnerHealth, fleet
 def health(url: URL, schema: str | None, as_json: bool) -> None:
     """Say which runners live, by their heartbeats; exit code 1 if none does, or one is late.
 
-    A runner that has stopped is not listed; one that died is, for some minutes, as dead.
+    A runner that has stopped is not listed; one that died is, as dead, until others have lived for some minutes.
     """
     with told(), engine_for(url).connect() as connection:
         fatal = [problem for problem in check_schema(connection, schema) if problem.fatal]

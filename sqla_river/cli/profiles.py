@@ -10,6 +10,7 @@ import attrs
 from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session
 
+from sqla_river.cli.ground import own_schema
 from sqla_river.context import JobContext
 from sqla_river.models import Job
 from sqla_river.river import enqueue, enqueue_many
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from sqla_river.runner import Runner
 
 Handlers = Literal["threads", "asyncio"]
-Tell = Callable[[int, int], None]
-"""Told how many of how many are done."""
-
 PATIENCE: Final = 300.0
-"""Seconds after which a profile gives up."""
+"""Seconds without a job that begins or ends, after which a profile gives up."""
 LOOK_EVERY: Final = 0.02
+LOOKS: Final = 25
+"""How many to a count of what is left."""
+CHECK_EVERY: Final = 0.2
+"""Seconds of waiting between two looks whether a signal has come."""
 ADD_ALL: Final = 2_000
 """Rows of the comparison with the unit of work, which is slow."""
 IDLE_JOBS: Final = 200
@@ -52,6 +54,15 @@ class Settings(NamedTuple):
     handlers: Handlers
 
 
+class Viewer(NamedTuple):
+    """Who looks on while a profile is measured."""
+
+    tell: Callable[[int, int], None]
+    """Told how many of how many are done; checks too."""
+    check: Callable[[], None]
+    """Raises KeyboardInterrupt if a signal has come, whose own may have got lost."""
+
+
 @attrs.frozen
 class Measured:
     """Args of two small fields, as River's own bench has them."""
@@ -64,8 +75,9 @@ class Measured:
 class Starts:
     """When the handler of each job began."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
         self.at: dict[int, float] = {}
+        self._check = check
         self._told = threading.Semaphore(0)
 
     def note(self, number: int) -> None:
@@ -75,13 +87,17 @@ class Starts:
     def wait(self, count: int) -> None:
         """Wait until *count* more have begun."""
         for _ in range(count):
-            if not self._told.acquire(timeout=PATIENCE):
-                raise TimeoutError(f"a job has not begun within {PATIENCE:.0f} s")
+            deadline = time.monotonic() + PATIENCE
+            while not self._told.acquire(timeout=CHECK_EVERY):
+                self._check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"a job has not begun within {PATIENCE:.0f} s")
+            self._check()
 
 
-def measure_insert(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_insert(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """Rows a second: many at once, one after the other, and as the unit of work alone would do it."""
-    seconds = _timed(engine, lambda session: enqueue_many(session, _items(settings.jobs, tell)))
+    seconds = _timed(engine, lambda session: enqueue_many(session, _items(settings.jobs, viewer)))
     bulk = settings.jobs / seconds
     yield Figure("insert", "enqueue_many, one transaction", bulk, "jobs/s")
     _clear(engine)
@@ -95,28 +111,29 @@ def measure_insert(engine: Engine, settings: Settings, tell: Tell) -> Iterator[F
         with Session(engine) as session, session.begin():
             enqueue(session, Measured(count))
         count += 1
+        viewer.check()
     yield Figure("insert", "enqueue and commit, one connection", count / seconds, "jobs/s")
 
 
-def measure_work(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_work(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """Jobs a second that do nothing, from a queue that is full."""
     with Session(engine) as session, session.begin():
-        enqueue_many(session, (Measured(number) for number in range(settings.jobs)))
+        enqueue_many(session, _items(settings.jobs, viewer._replace(tell=lambda *_: viewer.check())))
     _settle(engine)
     cpu = time.process_time()
     began = time.perf_counter()
     with _working(engine, settings, lambda _: None):
-        _drain(engine, settings.jobs, tell)
+        _drain(engine, settings.jobs, viewer)
         seconds = time.perf_counter() - began
         cpu = time.process_time() - cpu
     yield Figure("work", f"{settings.handlers}, {settings.slots} slots", settings.jobs / seconds, "jobs/s")
     yield Figure("work", "CPU of this process", cpu / settings.jobs * 1e6, "us/job")
 
 
-def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_latency(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """From commit to the start of the handler: idle, the last of a burst, and at a steady rate."""
-    starts = Starts()
-    steady = int(settings.rate * settings.seconds)
+    starts = Starts(viewer.check)
+    steady = max(1, int(settings.rate * settings.seconds))
     total = IDLE_JOBS + BURSTS + steady
     with _working(engine, settings, starts.note), Session(engine) as session:
         committed: dict[int, float] = {}
@@ -129,7 +146,7 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
         for number in range(IDLE_JOBS):
             put(number)
             starts.wait(1)
-            tell(number, total)
+            viewer.tell(number, total)
         yield from _latencies("idle", [starts.at[number] - committed[number] for number in committed])
         last: list[float] = []
         for burst in range(BURSTS):
@@ -138,7 +155,7 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
                 put(number)
             starts.wait(BURST)
             last.append(starts.at[numbers[-1]] - committed[numbers[-1]])
-            tell(IDLE_JOBS + burst, total)
+            viewer.tell(IDLE_JOBS + burst, total)
         yield from _latencies(f"last of a burst of {BURST}", last)
         began = time.perf_counter()
         numbers = range(1_000_000, 1_000_000 + steady)
@@ -147,15 +164,15 @@ def measure_latency(engine: Engine, settings: Settings, tell: Tell) -> Iterator[
             if pause > 0:
                 time.sleep(pause)
             put(number)
-            tell(IDLE_JOBS + BURSTS + count, total)
+            viewer.tell(IDLE_JOBS + BURSTS + count, total)
         starts.wait(steady)
         found = [starts.at[number] - committed[number] for number in numbers]
         yield from _latencies(f"at {settings.rate:g} jobs/s", found)
 
 
-def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Figure]:
+def measure_mixed(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """One connection enqueues and commits as fast as it can, while a runner works."""
-    starts = Starts()
+    starts = Starts(viewer.check)
     committed: dict[int, float] = {}
     with _working(engine, settings, starts.note), Session(engine) as session:
         began = time.perf_counter()
@@ -164,7 +181,7 @@ def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Fi
             with session.begin():
                 enqueue(session, Measured(number))
             committed[number] = time.perf_counter()
-            tell(int(seconds * 1_000), int(settings.seconds * 1_000))
+            viewer.tell(int(seconds * 1_000), int(settings.seconds * 1_000))
         starts.wait(len(committed))
         worked = len(committed) / (time.perf_counter() - began)
     yield Figure("mixed", "enqueued, one connection", len(committed) / seconds, "jobs/s")
@@ -173,7 +190,7 @@ def measure_mixed(engine: Engine, settings: Settings, tell: Tell) -> Iterator[Fi
         yield Figure("mixed", f"commit to start, {name}", figure, "ms")
 
 
-PROFILES: Final[dict[str, Callable[[Engine, Settings, Tell], Iterator[Figure]]]] = {
+PROFILES: Final[dict[str, Callable[[Engine, Settings, Viewer], Iterator[Figure]]]] = {
     "insert": measure_insert,
     "work": measure_work,
     "latency": measure_latency,
@@ -181,10 +198,10 @@ PROFILES: Final[dict[str, Callable[[Engine, Settings, Tell], Iterator[Figure]]]]
 }
 
 
-def run(profile: str, engine: Engine, settings: Settings, tell: Tell) -> list[Figure]:
-    """Measure *profile* on empty tables."""
+def run(profile: str, engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
+    """Measure *profile* on empty tables. What was found before it fails is handed out."""
     _clear(engine)
-    return list(PROFILES[profile](engine, settings, tell))
+    yield from PROFILES[profile](engine, settings, viewer)
 
 
 @contextmanager
@@ -207,10 +224,10 @@ def _working(engine: Engine, settings: Settings, note: Callable[[int], None]) ->
         yield runner
 
 
-def _items(count: int, tell: Tell) -> Iterator[Measured]:
+def _items(count: int, viewer: Viewer) -> Iterator[Measured]:
     for number in range(count):
         if not number % 1_000:
-            tell(number, count)
+            viewer.tell(number, count)
         yield Measured(number)
 
 
@@ -221,30 +238,35 @@ def _timed(engine: Engine, act: Callable[[Session], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _drain(engine: Engine, count: int, tell: Tell) -> None:
+def _drain(engine: Engine, count: int, viewer: Viewer) -> None:
+    left = count
     deadline = time.monotonic() + PATIENCE
     unfinished = select(func.count()).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING]))
     some = select(select(Job.id).where(Job.state.in_([JobState.AVAILABLE, JobState.RUNNING])).exists())
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         looks = 0
         while connection.execute(some).scalar_one():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the jobs are not done after {PATIENCE:.0f} s")
             looks += 1
-            if looks % 25 == 0:
-                tell(count - connection.execute(unfinished).scalar_one(), count)
+            if looks % LOOKS == 0:
+                before, left = left, connection.execute(unfinished).scalar_one()
+                viewer.tell(count - left, count)
+                if left < before:
+                    deadline = time.monotonic() + PATIENCE
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no job was finished within {PATIENCE:.0f} s; {left:,} of {count:,} are left")
+            viewer.check()
             time.sleep(LOOK_EVERY)
 
 
 def _clear(engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(text("TRUNCATE river_job"))
+        connection.execute(text(f"TRUNCATE {own_schema(engine)}.river_job"))
 
 
 def _settle(engine: Engine) -> None:
     """As a queue that has been in use for a while."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(text("VACUUM ANALYZE river_job"))
+        connection.execute(text(f"VACUUM ANALYZE {own_schema(engine)}.river_job"))
 
 
 def _latencies(what: str, seconds: list[float]) -> Iterator[Figure]:
@@ -254,6 +276,6 @@ def _latencies(what: str, seconds: list[float]) -> Iterator[Figure]:
 
 def _percentiles(seconds: list[float]) -> Iterator[tuple[str, float]]:
     """In milliseconds."""
-    ordered = sorted(seconds)
+    ordered = sorted(max(each, 0.0) for each in seconds)  # a handler may begin before commit() has returned
     for name, share in (("p50", 0.5), ("p95", 0.95), ("max", 1.0)):
         yield name, ordered[min(int(len(ordered) * share), len(ordered) - 1)] * 1_000

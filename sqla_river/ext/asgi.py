@@ -7,7 +7,7 @@
 
 
     @asynccontextmanager
-    async def own(app: FastAPI) -> AsyncIterator[None]:
+    async def own(app: FastAPI) -> AsyncGenerator[None]:
         async with running(runner):
             yield
         await engine.dispose()

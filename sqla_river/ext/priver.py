@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config_vars",
         metavar="name=value",
         nargs="*",
+        default=[],  # else argparse says of none that they are required
         help="variables of that file, for its %%(name)s",
     )
     parser.add_argument(

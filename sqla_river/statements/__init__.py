@@ -84,7 +84,9 @@ from sqla_river.statements.rescue import (
     INSERT_LOST_RUNNERS,
     RESCUE_STRAYS,
     RESCUE_STUCK,
+    RESCUE_STUCK_AMONG,
     RESET_AHEAD,
+    SELECT_RUNNING,
 )
 from sqla_river.statements.runner import (
     DELETE_RUNNER,
@@ -147,6 +149,7 @@ __all__ = [
     "RESCHEDULE_JOBS",
     "RESCUE_STRAYS",
     "RESCUE_STUCK",
+    "RESCUE_STUCK_AMONG",
     "RESERVE_IDS",
     "RESET_AHEAD",
     "RESUME_QUEUES",
@@ -180,6 +183,7 @@ __all__ = [
     "SELECT_QUEUES",
     "SELECT_QUEUE_NAMES",
     "SELECT_RUNNERS",
+    "SELECT_RUNNING",
     "SELECT_STATES",
     "SELECT_STRANGERS",
     "SELECT_VERSIONS",

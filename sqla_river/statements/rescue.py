@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import (
+    ARRAY,
     CTE,
     BigInteger,
+    Boolean,
     ColumnElement,
     Select,
     Text,
+    all_,
     and_,
     bindparam,
     case,
@@ -57,9 +60,11 @@ DEATHS_ALONE: Final[ColumnElement[Any]] = literal("3")
 
 OWNER: Final = func.split_part(literal("w.attempted_by[cardinality(w.attempted_by)]"), literal("'/'"), literal("1"))
 _is_ours: Final = func.coalesce(OWNER, literal("''")).op("~")(OUR_ID)
+_not_refused: Final = w.c.id != all_(bindparam("p_refused", [], type_=ARRAY(BigInteger)))
 
 # Caller: duties/rescue.py, before RESCUE_STUCK. An owner of our shape without a row (lost with a failover, or deleted
-# by hand) gets one that is fresh now, and the ordinary rule does the rest. Index: river_job_running_idx.
+# by hand) gets one that is fresh now, and the ordinary rule does the rest. Index: river_job_running_idx. The CASE keeps
+# the planner from reading more of a refused row, which may be damaged, than its id.
 INSERT_LOST_RUNNERS: Final = (
     pg_insert(river_runner)
     .from_select(
@@ -68,7 +73,7 @@ INSERT_LOST_RUNNERS: Final = (
         .select_from(w)
         .where(
             w.c.state == RUNNING,
-            _is_ours,
+            case((_not_refused, _is_ours)),
             ~select(river_runner.c.id).where(river_runner.c.id == OWNER).correlate(w).exists(),
         )
         .distinct()
@@ -93,15 +98,22 @@ _dead: Final = (
     .cte("dead")
 )
 _silent: Final = func.coalesce(w.c.attempted_at, w.c.created_at) < NOW - GO_PATIENCE
-_stuck: Final = (
-    select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"), _dead.c.id.label("owner"), _dead.c.alone)
-    .select_from(w.outerjoin(_dead, _dead.c.id == OWNER))
-    .where(w.c.state == RUNNING, or_(_dead.c.id.is_not(None), and_(~_is_ours, _silent)), _entitled)
-    .order_by(w.c.id)
-    .limit(literal("1000"))
-    .with_for_update(skip_locked=True, of=w)
-    .cte("stuck")
-)
+_tell: Final = bindparam("p_tell", True, type_=Boolean)
+
+
+def _stuck(which: ColumnElement[bool]) -> CTE:
+    """Those of *which* that run, and whose owner is dead."""
+    return (
+        select(w.c.id, w.c.unique_key, would_take_key(w).label("takes"), _dead.c.id.label("owner"), _dead.c.alone)
+        .select_from(w.outerjoin(_dead, _dead.c.id == OWNER))
+        .where(w.c.state == RUNNING, or_(_dead.c.id.is_not(None), and_(~_is_ours, _silent)), _entitled, which)
+        .order_by(w.c.id)
+        .limit(literal("1000"))
+        .with_for_update(skip_locked=True, of=w)
+        .cte("stuck")
+    )
+
+
 _rescues: Final[ColumnElement[Any]] = literal(
     "jsonb_build_object('river:rescue_count', "
     "CASE WHEN jsonb_typeof(river_job.metadata->'river:rescue_count') = 'number' "
@@ -113,7 +125,7 @@ def _rescue(stuck: CTE, why: ColumnElement[Any], ours: Callable[[CTE], ColumnEle
     """Free the jobs of *stuck*, which are locked: a death is counted where a runner is named that died of it.
 
     A rescued attempt counts, and is noted as an error in River's shape. `told` is selected, or PostgreSQL would never
-    call it.
+    call it. Without `p_tell` nobody is notified: with a full queue of notifications every commit that notifies fails.
     """
     counted = (
         pg_insert(river_suspect)
@@ -211,20 +223,39 @@ def _rescue(stuck: CTE, why: ColumnElement[Any], ours: Callable[[CTE], ColumnEle
                 ),
             ).label("said")
         )
-        .where(rescued.c.state == AVAILABLE)
+        .where(rescued.c.state == AVAILABLE, _tell)
         .group_by(rescued.c.queue)
         .cte("told")
     )
     return select(*rescued.c, select(func.count(told.c.said)).scalar_subquery())
 
 
+def _rescue_stuck(which: ColumnElement[bool]) -> Select[Any]:
+    return _rescue(
+        _stuck(which),
+        literal("'rescued: no word of it for an hour'"),
+        lambda sentence: sentence.c.owner.is_not(None),
+    )
+
+
 # Caller: duties/rescue.py, every 5 s by one runner of the fleet, again while it finds 1,000. Indexes:
 # river_runner_pkey, river_job_running_idx. Locks: the rows of dead runners, then jobs in id order; none waited for. The
 # runner's row is locked, so an owner that comes back while its jobs are being freed renews its row after that, and then
 # reads that they are lost. One statement: state, owner and lease hold for the very rows that change (a read followed by
-# a write resurrects jobs that complete in between).
-RESCUE_STUCK: Final = _rescue(
-    _stuck, literal("'rescued: no word of it for an hour'"), lambda sentence: sentence.c.owner.is_not(None)
+# a write resurrects jobs that complete in between). p_refused are those that were refused when they stood alone.
+RESCUE_STUCK: Final = _rescue_stuck(_not_refused)
+
+# Caller: duties/rescue.py, after RESCUE_STUCK was refused, for the jobs p_ids, at most 1,000. The same otherwise; a
+# statement of its own, for a plan of its own.
+RESCUE_STUCK_AMONG: Final = _rescue_stuck(w.c.id == func.any(array_of("p_ids", BigInteger)))
+
+# Caller: duties/rescue.py, before RESCUE_STUCK_AMONG: running jobs, whoever's, 1,000 at a time. It reads nothing of a
+# row but its id, which is in the index, so that it goes past a damaged row. Index: river_job_running_idx. Locks: none.
+SELECT_RUNNING: Final = (
+    select(w.c.id)
+    .where(w.c.state == RUNNING, w.c.id > bindparam("p_after", type_=BigInteger), _not_refused)
+    .order_by(w.c.id)
+    .limit(literal("1000"))
 )
 
 _given: Final = (

@@ -59,12 +59,12 @@ class Worked:
 
     @property
     def output(self) -> Any:
-        """What the handler gave to ``job.output``; None if nothing."""
+        """What the handler gave to ``job.output(...)``; None if nothing."""
         return self.metadata.get("output")
 
     @property
     def progress(self) -> dict[str, Any] | None:
-        """The last ``job.progress``: done, total, note."""
+        """The last ``job.progress(...)``: done, total, note."""
         told = self.job.progressed if self.job is not None else None
         return None if told is None else cast("dict[str, Any]", json.loads(told))
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from tests.commands import COMMAND, environment, read_until, run
 from tests.crashing import Ledger, runners
 from tests.database import emptied, shared_database
 from tests.making import count_states, eventually, make_job, make_jobs, read_job, read_jobs
+from tests.ports import reserved_port
 
 APP: Final = """
 import os, time
@@ -100,7 +100,7 @@ def working(
         except ProcessLookupError:
             return
 
-    watchdog = threading.Timer(60, end)
+    watchdog = threading.Timer(180, end)
     watchdog.start()
     try:
         yield supervisor
@@ -131,7 +131,7 @@ def is_held(ledger: Ledger, count: int = 1) -> list[int]:
     def held() -> list[int]:
         return [int(pid) for word, _, pid in ledger.lines() if word == "start"]
 
-    return eventually(lambda: held() if len(held()) >= count else [], within=20, what="a job to be held")
+    return eventually(lambda: held() if len(held()) >= count else [], within=60, what="a job to be held")
 
 
 def test_processes_are_restarted_replaced_and_stopped_without_losing_a_job(
@@ -156,7 +156,7 @@ def test_processes_are_restarted_replaced_and_stopped_without_losing_a_job(
         read_until(supervisor, ") works")
         is_held(ledger, 2)  # by another one, though it is held still
         (folder / "open").touch()
-        eventually(lambda: read_job(engine, job)["state"] == "completed", within=20)
+        eventually(lambda: read_job(engine, job)["state"] == "completed", within=60)
         second = pids(engine) - {victim}
         assert len(first & second) == 1
 
@@ -164,15 +164,15 @@ def test_processes_are_restarted_replaced_and_stopped_without_losing_a_job(
         more = make_jobs(engine, 200)
         said = read_until(supervisor, ") has stopped") + read_until(supervisor, "(place 2) has stopped")
         assert said.index("(place 1) works") < said.index("(place 1) has stopped") < said.index("(place 2) works")
-        eventually(lambda: count_states(engine) == {"completed": len(more) + 1}, within=20)
+        eventually(lambda: count_states(engine) == {"completed": len(more) + 1}, within=60)
         total = f'sqla_river_jobs_completed_total{{kind="count",queue="default"}} {len(more) + 1}.0'
-        eventually(lambda: total in got(port, "/metrics"), within=20, what="the work of all, the replaced ones too")
-        eventually(lambda: got(port, "/readyz") == "ok\n", within=20, what="word that all are well")
+        eventually(lambda: total in got(port, "/metrics"), within=60, what="the work of all, the replaced ones too")
+        eventually(lambda: got(port, "/readyz") == "ok\n", within=60, what="word that all are well")
         third = pids(engine) - {victim}
         assert (len(third), third & (first | second)) == (2, set())
 
         supervisor.terminate()
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
         assert supervisor.returncode == 0, said
 
     assert "Traceback" not in said
@@ -193,7 +193,7 @@ def test_a_signal_to_the_whole_group_counts_once_and_a_second_one_interrupts(
         assert read_job(engine, job)["state"] == "running"
         assert not ledger.count("interrupted")
         supervisor.terminate()
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
         assert supervisor.returncode == 0, said
 
     assert ledger.count("interrupted") == {job: 1}
@@ -209,10 +209,10 @@ def test_processes_whose_supervisor_is_killed_finish_their_jobs_and_stop(
         job = make_job(engine, args={"number": 1})
         is_held(ledger)
         supervisor.kill()
-        eventually(lambda: len(pids(engine)) == 1, within=20, what="the idle one to stop")
+        eventually(lambda: len(pids(engine)) == 1, within=60, what="the idle one to stop")
         assert read_job(engine, job)["state"] == "running"
         (ledger.path.parent / "open").touch()
-        said, _ = supervisor.communicate(timeout=30)  # until the last process has closed it
+        said, _ = supervisor.communicate(timeout=60)  # until the last process has closed it
 
     assert "the supervisor is gone" in said
     assert (read_job(engine, job)["state"], read_job(engine, job)["attempt"]) == ("completed", 1)
@@ -236,7 +236,7 @@ def test_a_process_full_of_hung_handlers_is_followed_by_another_and_one_that_doe
         supervisor.terminate()
         read_until(supervisor, "another signal interrupts them")
         supervisor.terminate()
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
 
     assert "does not stop, and is killed" in said
     assert supervisor.returncode == 1
@@ -254,9 +254,9 @@ def test_a_process_that_has_worked_its_jobs_is_replaced_without_losing_any(
         said += read_until(supervisor, ") has stopped")
         assert said.count(") works") == 1
         make_jobs(engine, 5)
-        eventually(lambda: count_states(engine) == {"completed": 35}, within=20)
+        eventually(lambda: count_states(engine) == {"completed": 35}, within=60)
         supervisor.terminate()
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
         assert supervisor.returncode == 0, said
 
     assert {row["attempt"] for row in read_jobs(engine)} == {1}
@@ -274,11 +274,11 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
     with working(url, folder, "--reload", env={"PYTHONDONTWRITEBYTECODE": "1"}) as supervisor:
         read_until(supervisor, ") works")
         old = make_job(engine)
-        eventually(lambda: count_states(engine) == {"completed": 1}, within=20)
+        eventually(lambda: count_states(engine) == {"completed": 1}, within=60)
         words.write_text("word = 'newer'")
         assert "words.py has changed" in read_until(supervisor, ") works")
         new = make_job(engine)
-        eventually(lambda: count_states(engine) == {"completed": 2}, within=20)
+        eventually(lambda: count_states(engine) == {"completed": 2}, within=60)
 
         (folder / "app.py").write_text(app + "(")
         said = read_until(supervisor, "another one starts when a file has changed")
@@ -287,7 +287,7 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
         (folder / "app.py").write_text(app)
         read_until(supervisor, ") works")
         os.killpg(supervisor.pid, signal.SIGINT)
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
         assert supervisor.returncode == 0, said
 
     assert (ledger.count("old"), ledger.count("newer")) == ({old: 1}, {new: 1})
@@ -295,14 +295,15 @@ def test_reload_runs_what_was_written_last(url: str, engine: Engine, ledger: Led
 
 @pytest.mark.parametrize("words", [("--processes", "2"), ("--max-jobs", "1000"), ("--reload",)])
 def test_a_supervisor_answers_on_the_port_that_it_was_given(url: str, ledger: Ledger, words: tuple[str, ...]) -> None:
-    with socket.create_server(("", 0)) as free:
-        port = str(free.getsockname()[1])
-
-    with working(url, ledger.path.parent, *words, "--metrics-port", port) as supervisor:
+    with (
+        reserved_port("") as number,
+        working(url, ledger.path.parent, *words, "--metrics-port", str(number)) as supervisor,
+    ):
+        port = str(number)
         assert f"on port {port}" in read_until(supervisor, ") works")
-        eventually(lambda: got(port, "/readyz") == "ok\n", within=20)
+        eventually(lambda: got(port, "/readyz") == "ok\n", within=60)
         supervisor.terminate()
-        said, _ = supervisor.communicate(timeout=30)
+        said, _ = supervisor.communicate(timeout=60)
         assert supervisor.returncode == 0, said
 
 

@@ -512,7 +512,7 @@ def test_a_retried_job_is_never_pruned(engine: Engine) -> None:
                 continue
             with suppress(JobNotFoundError):
                 retried.add(retry(session, job_id).id)
-    pruner.join(10)
+    pruner.join(30)
 
     assert {row["id"]: row["state"] for row in read_jobs(engine)} == dict.fromkeys(retried, "available")
 

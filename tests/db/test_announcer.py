@@ -212,8 +212,16 @@ def test_what_only_asyncpg_knows_may_stand_in_the_url(url: str, ear: Ear, after:
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
 def test_an_async_announcer_whose_connection_breaks_takes_another(
-    url: str, engine: Engine, ear: Ear, after: River[Any], driver: str, caplog: pytest.LogCaptureFixture
+    url: str,
+    engine: Engine,
+    ear: Ear,
+    after: River[Any],
+    driver: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(notify, "_IDLE", 60.0)  # it does not go by itself before it is killed
+
     async def go() -> None:
         other = create_async_engine(
             make_url(url).set(drivername=f"postgresql+{driver}"), connect_args=_named(driver, "to_be_killed")
@@ -228,6 +236,7 @@ def test_an_async_announcer_whose_connection_breaks_takes_another(
                 "WHERE application_name = 'to_be_killed' AND pid <> :mine"
             )
             assert (await session.scalars(killed, {"mine": mine})).all() == [True]
+            monkeypatch.setattr(notify, "_IDLE", 0.1)
             await session.commit()
             await awaited.awaited(after.enqueue)(session, Ping(2))
             await session.commit()

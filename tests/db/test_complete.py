@@ -1,8 +1,10 @@
 """Completing: batches, and what happens to a batch in which something is wrong."""
 
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -11,11 +13,11 @@ import pytest
 from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.exc import OperationalError
 
-from sqla_river import states
+from sqla_river import complete, states
 from sqla_river.complete import LARGEST_BACKLOG, LARGEST_BATCH, Completer, complete_parameters, settle_parameters
 from sqla_river.context import JobContext
 from sqla_river.rows import ID, Fetched, Result
-from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, SELECT_HELD, SETTLE_JOBS
+from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
 from sqla_river.states import AttemptError, JobState
 from sqla_river.store import OwnConnection
 from sqla_river.workers import Workers
@@ -306,12 +308,12 @@ def test_two_writers_of_the_same_rows_never_deadlock(engine: Engine) -> None:
 # ---- poison -------------------------------------------------------------------------
 
 
-def _trap(engine: Engine, job_id: int, code: str) -> None:
-    """Let every update of that job fail, as a trigger, a check or a limit would."""
+def _trap(engine: Engine, is_: Literal["=", "<>"], job_id: int, code: str) -> None:
+    """Let every update of that job, or of every other, fail, as a trigger, a check or a limit would."""
     with engine.begin() as connection:
         connection.exec_driver_sql(
-            "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF old.id = {job_id} THEN RAISE EXCEPTION 'trapped' USING ERRCODE = '{code}'; END IF; RETURN new; END $$"
+            "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF old.id "
+            f"{is_} {job_id} THEN RAISE EXCEPTION 'trapped' USING ERRCODE = '{code}'; END IF; RETURN new; END $$"
         )
         connection.exec_driver_sql(
             "CREATE TRIGGER trap BEFORE UPDATE ON river_job FOR EACH ROW EXECUTE FUNCTION trap()"
@@ -328,7 +330,7 @@ def test_a_result_that_postgresql_refuses_fails_alone(
     engine: Engine, transition: states.Transition | None, code: str
 ) -> None:
     jobs = make_jobs(engine, 30, state=JobState.RUNNING)
-    _trap(engine, jobs[11], code)
+    _trap(engine, "=", jobs[11], code)
 
     with opened(engine) as own:
         told = _Told(own)
@@ -342,7 +344,7 @@ def test_a_result_that_postgresql_refuses_fails_alone(
 
 def test_a_refused_result_is_tried_again(engine: Engine) -> None:
     job_id, *_ = make_jobs(engine, 3, state=JobState.RUNNING)
-    _trap(engine, job_id, "23514")
+    _trap(engine, "=", job_id, "23514")
 
     with opened(engine) as own:
         told = _Told(own)
@@ -353,6 +355,37 @@ def test_a_refused_result_is_tried_again(engine: Engine) -> None:
         eventually(lambda: (told.completer.step(), told.completer.backlog == 0)[1], what="the refused one")
 
     assert read_job(engine, job_id)["state"] == "completed"
+
+
+def test_outcomes_that_postgresql_refuses_stop_the_fetch_until_they_are_fewer(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(complete, "LARGEST_BACKLOG", 20)
+    *refused, healthy = make_jobs(engine, 20, state=JobState.RUNNING)
+    _trap(engine, "<>", healthy, "P0001")
+
+    with opened(engine) as own:
+        told = _Told(own)
+        for job_id in refused:
+            told.completer.put(ended(job_id, None))
+        told.completer.step()
+        few = told.completer.ready
+        told.completer.put(ended(healthy, None))
+        many = told.completer.ready
+        told.completer.step()
+        written, again = list(told.written), told.completer.ready
+        told.completer.put(ended(0, None))  # of a job that is gone
+        while_refused = told.completer.ready, told.relieved
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TRIGGER trap ON river_job")
+        eventually(lambda: (told.completer.step(), told.completer.backlog == 0)[1], what="the refused ones")
+
+    assert (few, many) == (True, False)
+    assert (written, again) == ([(healthy, JobState.COMPLETED)], True)
+    assert while_refused == (False, 1)
+    assert told.completer.ready
+    assert told.relieved == 2
+    assert len(told.written) == 20
 
 
 def _mutated(value: object) -> Callable[[JobContext[Count]], None]:
@@ -502,7 +535,7 @@ def test_what_was_put_aside_before_the_connection_was_lost_is_written_and_told_o
             theirs.rollback()
         theirs.exec_driver_sql(f"UPDATE river_job SET attempted_by = '{{thief/1}}' WHERE id = {stale}")
         theirs.commit()
-        _trap(engine, trapped, "23514")
+        _trap(engine, "=", trapped, "23514")
         theirs.exec_driver_sql(f"SELECT 1 FROM river_job WHERE id = {locked} FOR UPDATE")
         own.last = last
         with pytest.raises(OperationalError):
@@ -516,6 +549,54 @@ def test_what_was_put_aside_before_the_connection_was_lost_is_written_and_told_o
     assert lost == (4, 0, [])
     assert sorted(told.written) == [(job_id, JobState.DISCARDED) for job_id in (locked, trapped, last)]
     assert told.completer.stale == 1
+
+
+class _Meddled(OwnConnection):
+    """Has something happen, once, just before it executes *statement*; it may lose the connection."""
+
+    statement: Executable | None = None
+    happens: Callable[[], None]
+
+    def execute(self, statement: Executable, parameters: Any = None) -> Any:
+        if statement is self.statement:
+            self.statement = None
+            self.happens()
+        return super().execute(statement, parameters)
+
+
+THEFT: Final = "UPDATE river_job SET state = 'running', attempted_by = '{thief/1}'"
+
+
+def _change(engine: Engine, sql: str) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql(sql)
+
+
+@pytest.mark.parametrize("lost_at", [SELECT_HELD, SETTLE_JOBS], ids=["SELECT_HELD", "SETTLE_JOBS"])
+def test_what_was_written_before_the_connection_was_lost_is_told_once_whatever_becomes_of_its_job(
+    engine: Engine, lost_at: Executable
+) -> None:
+    done, back, late = make_jobs(engine, 3, state=JobState.RUNNING)
+    _change(engine, f"UPDATE river_job SET attempted_by = '{{thief/1}}' WHERE id = {late}")
+
+    def happens() -> None:
+        _change(engine, f"DELETE FROM river_job WHERE id = {done}")
+        if lost_at is SELECT_HELD:
+            _change(engine, f"{THEFT} WHERE id = {back}")
+        own.raw.close()
+
+    own = _Meddled(engine, None, "test")
+    own.statement, own.happens = lost_at, happens
+    told = _Told(own)
+    for job_id, transition in ((done, None), (back, states.interrupted()), (late, states.interrupted())):
+        told.completer.put(ended(job_id, transition))
+    with pytest.raises(OperationalError):
+        told.completer.step()
+    told.completer.step()
+    own.close()
+
+    assert sorted(told.written) == [(done, JobState.COMPLETED), (back, JobState.AVAILABLE)]
+    assert (told.completer.stale, told.completer.backlog) == (1, 0)
 
 
 def test_a_killed_connection_is_replaced(engine: Engine) -> None:
@@ -553,20 +634,73 @@ def test_a_flush_ends_at_its_deadline_and_says_what_is_left(engine: Engine) -> N
 # ---- wake-up ------------------------------------------------------------------------
 
 
+@contextmanager
+def _listening(engine: Engine) -> Generator[Callable[[], list[str]]]:
+    """What hears the next wake-up."""
+    with engine.connect() as listening:
+        raw: Any = listening.execution_options(isolation_level="AUTOCOMMIT").connection.dbapi_connection
+        raw.execute('LISTEN "public.river_insert"')
+        yield lambda: [note.payload for note in raw.notifies(timeout=30, stop_after=1)]
+        raw.execute("UNLISTEN *")
+
+
 def test_jobs_given_back_are_announced(engine: Engine) -> None:
     jobs = make_jobs(engine, 4, state=JobState.RUNNING, queue="q")
 
-    with opened(engine) as own, engine.connect() as listening:
-        raw: Any = listening.execution_options(isolation_level="AUTOCOMMIT").connection.dbapi_connection
-        raw.execute('LISTEN "public.river_insert"')
+    with opened(engine) as own, _listening(engine) as hear:
         told = _Told(own)
         for job_id in jobs:
             told.completer.put(result(job_id, states.interrupted(), queue="q"))
         told.completer.step()
-        heard = [note.payload for note in raw.notifies(timeout=5, stop_after=1)]
-        raw.execute("UNLISTEN *")
+        heard = hear()
 
     assert heard == ['{"queue": "q"}']
+
+
+def test_a_connection_lost_before_the_wake_up_makes_no_outcome_late_and_loses_no_wake_up(engine: Engine) -> None:
+    (job_id,) = make_jobs(engine, state=JobState.RUNNING, queue="q")
+
+    def happens() -> None:
+        _change(engine, THEFT)
+        own.raw.close()
+
+    own = _Meddled(engine, None, "test")
+    own.statement, own.happens = NOTIFY_QUEUES, happens
+    told = _Told(own)
+
+    with _listening(engine) as hear:
+        told.completer.put(result(job_id, states.interrupted(), queue="q"))
+        told.completer.flush(lambda: math.inf)
+        heard = hear()
+    own.close()
+
+    assert told.written == [(job_id, JobState.AVAILABLE)]
+    assert told.completer.stale == 0
+    assert heard == ['{"queue": "q"}']
+
+
+def test_a_wake_up_that_the_server_has_no_room_for_keeps_no_outcome_from_being_written_and_told(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = make_jobs(engine, 2, state=JobState.RUNNING)
+    _change(
+        engine,
+        "CREATE FUNCTION public.pg_notify(text, text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN "
+        "RAISE 'too many notifications in the NOTIFY queue' USING ERRCODE = '54000'; END $$",
+    )
+
+    own = _Meddled(engine, None, "test", {"search_path": "public, pg_catalog"})
+    own.statement, own.happens = NOTIFY_QUEUES, lambda: _change(engine, f"{THEFT} WHERE id = {first}")
+    told = _Told(own)
+
+    told.completer.put(result(first, states.interrupted()))
+    told.completer.put(result(second, states.discarded(ERROR)))
+    told.completer.step()
+    own.close()
+
+    assert sorted(told.written) == [(first, JobState.AVAILABLE), (second, JobState.DISCARDED)]
+    assert (told.completer.backlog, told.completer.stale) == (0, 0)
+    assert "could not announce the queues ['default']" in caplog.text
 
 
 # ---- plans --------------------------------------------------------------------------

@@ -93,9 +93,9 @@ def ask(url: str, sql: str = "SELECT 1") -> object:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not what():
-        assert time.monotonic() < deadline, "waited 20 seconds in vain"
+        assert time.monotonic() < deadline, "waited 60 seconds in vain"
         time.sleep(0.001)
 
 

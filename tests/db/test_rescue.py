@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, Executable, make_url, text
 
 from sqla_river import store
 from sqla_river.duties.rescue import BATCH, Rescue
-from sqla_river.statements import FETCH_SUSPECT, RESCUE_STUCK, UPSERT_RUNNER
+from sqla_river.statements import FETCH_SUSPECT, RESCUE_STUCK, RESCUE_STUCK_AMONG, SELECT_RUNNING, UPSERT_RUNNER
 from sqla_river.states import JobState
 from tests.crashing import FOR_EVER, LEASE, make_heart, make_runner, new_id, runners, silence, suspects, sweep
 from tests.making import (
@@ -336,7 +336,7 @@ def test_an_owner_that_comes_back_during_the_rescue_learns_what_it_lost(engine: 
             returning.start()
             eventually(lambda: _waiting(engine), what="the owner to wait for its row")
             assert lost == []
-        returning.join(10)
+        returning.join(30)
 
     assert sorted(lost) == [row.id for row in rows]
 
@@ -406,7 +406,7 @@ def test_what_was_freed_is_announced_once_per_queue(engine: Engine, url: str) ->
     with psycopg.connect(plain, autocommit=True) as listener, opened(engine) as own:
         listener.execute('LISTEN "public.river_insert"')
         sweep(own)
-        heard = [json.loads(note.payload) for note in listener.notifies(timeout=5, stop_after=3)]
+        heard = [json.loads(note.payload) for note in listener.notifies(timeout=30, stop_after=3)]
         heard += [json.loads(note.payload) for note in listener.notifies(timeout=0.05)]
 
     assert sorted(heard, key=str) == [
@@ -536,12 +536,13 @@ def test_a_suspect_calls_for_its_turn_at_once(engine: Engine) -> None:
 Mode = Literal["generic", "custom"]
 
 
+@pytest.mark.parametrize("statement", [RESCUE_STUCK, RESCUE_STUCK_AMONG, SELECT_RUNNING], ids=["whole", "part", "ids"])
 @pytest.mark.parametrize("mode", ["generic", "custom"])
-def test_a_sweep_reads_the_running_jobs_and_no_others(engine: Engine, mode: Mode) -> None:
+def test_a_sweep_reads_the_running_jobs_and_no_others(engine: Engine, mode: Mode, statement: Executable) -> None:
     owner = make_runner(engine, silent=DEAD)
     make_jobs(engine, 30_000, state=JobState.COMPLETED)
     make_jobs(engine, 20_000)
-    make_jobs(engine, 50, state=JobState.RUNNING, token=f"{owner}/1")
+    jobs = make_jobs(engine, 50, state=JobState.RUNNING, token=f"{owner}/1")
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE river_job"))
 
@@ -549,8 +550,8 @@ def test_a_sweep_reads_the_running_jobs_and_no_others(engine: Engine, mode: Mode
         plan: Plan = explain(
             connection,
             None,
-            RESCUE_STUCK,
-            {"p_schema": None, "p_until": FOR_EVER},
+            statement,
+            {"p_schema": None, "p_until": FOR_EVER, "p_tell": True, "p_refused": [], "p_ids": jobs, "p_after": 0},
             plan=mode,
             settings={"enable_seqscan": "off"},
         )

@@ -41,16 +41,21 @@ def look(engine: Engine, queue: str = "default") -> QueueStats:
         return queue_stats(session, queue)
 
 
-def count(engine: Engine, state: str, jobs: int, ago: str = "0 s", queue: str = "default", runner: str = "r") -> None:
+def count(
+    where: Engine | Connection, state: str, jobs: int, ago: str = "0 s", queue: str = "default", runner: str = "r"
+) -> None:
     """A row as a runner writes it."""
-    with engine.begin() as connection:
-        connection.execute(
-            text(
-                "INSERT INTO river_counter (runner, minute, queue, state, jobs) VALUES "
-                "(:runner, date_trunc('minute', now() - CAST(:ago AS interval)), :queue, :state, :jobs)"
-            ),
-            {"runner": runner, "ago": ago, "queue": queue, "state": state, "jobs": jobs},
-        )
+    if isinstance(where, Engine):
+        with where.begin() as connection:
+            return count(connection, state, jobs, ago, queue, runner)
+    where.execute(
+        text(
+            "INSERT INTO river_counter (runner, minute, queue, state, jobs) VALUES "
+            "(:runner, date_trunc('minute', now() - CAST(:ago AS interval)), :queue, :state, :jobs)"
+        ),
+        {"runner": runner, "ago": ago, "queue": queue, "state": state, "jobs": jobs},
+    )
+    return None
 
 
 # ---- the figures ----------------------------------------------------------------------------------------------------
@@ -189,11 +194,11 @@ def test_awaited_it_is_the_same(engine: Engine, shared: str) -> None:
 
 
 def test_history_has_every_minute_and_adds_runners_and_folded_rows(engine: Engine) -> None:
-    count(engine, "completed", 2, "1 minute", runner="a")
-    count(engine, "completed", 3, "1 minute", runner="b")
-    count(engine, "retryable", 4, "3 minutes")
-    count(engine, "completed", 8, "3 minutes", queue="mail")
-    with engine.begin() as connection:
+    with engine.begin() as connection:  # of one minute, all of them
+        count(connection, "completed", 2, "1 minute", runner="a")
+        count(connection, "completed", 3, "1 minute", runner="b")
+        count(connection, "retryable", 4, "3 minutes")
+        count(connection, "completed", 8, "3 minutes", queue="mail")
         connection.execute(
             text(
                 "INSERT INTO river_history VALUES ('-infinity', 'default', 'completed', 1000), "

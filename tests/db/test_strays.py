@@ -30,6 +30,7 @@ from tests.making import (
     read_job,
     result,
 )
+from tests.refusing import full_queue, refuse, relent
 from tests.working import handling
 
 OWNER: Final = new_id()
@@ -193,18 +194,69 @@ def test_a_row_that_somebody_holds_is_not_waited_for_and_freed_later(engine: Eng
 
 
 def test_a_row_that_cannot_be_freed_keeps_no_runner_from_its_heartbeat(engine: Engine, beats: Beats) -> None:
-    _stray(engine)
-    with engine.begin() as connection:
-        connection.execute(
-            text(
-                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$; "
-                "CREATE TRIGGER refuse BEFORE UPDATE ON river_job FOR EACH ROW EXECUTE FUNCTION refuse()"
-            )
-        )
+    refuse(engine, [_stray(engine)])
     with beats.of(engine) as beat:
         assert beat(4).fresh
 
     assert count_states(engine) == {"running": 1}
+
+
+def test_a_stray_that_is_refused_keeps_no_other_and_is_tried_again_after_a_minute(
+    engine: Engine, beats: Beats, caplog: pytest.LogCaptureFixture
+) -> None:
+    strays = make_jobs(engine, 20, state=JobState.RUNNING, token=TOKEN, attempted_at=LONG_AGO)
+    refuse(engine, strays[:1])
+    with beats.of(engine) as beat, caplog.at_level(logging.WARNING):
+        beat(3)
+        assert [each.id for each in beats.freed] == strays[1:]
+        assert f"job {strays[0]}, which nobody works, cannot be freed" in caplog.text
+        relent(engine)
+        beat(11)
+        assert read_job(engine, strays[0])["state"] == "running"
+        beat(2)
+
+    assert [each.id for each in beats.freed] == [*strays[1:], strays[0]]
+
+
+def test_strays_behind_a_thousand_refused_ones_are_freed(engine: Engine, beats: Beats) -> None:
+    refuse(engine, make_jobs(engine, 1_000, state=JobState.RUNNING, token=TOKEN, attempted_at=LONG_AGO))
+    behind = _stray(engine)
+    with beats.of(engine) as beat:
+        beat(4)
+
+    assert [each.id for each in beats.freed] == [behind]
+
+
+def test_a_beat_that_takes_long_over_strays_leaves_the_rest_to_the_next(
+    engine: Engine, beats: Beats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strays = make_jobs(engine, 4, state=JobState.RUNNING, token=TOKEN, attempted_at=LONG_AGO)
+    refuse(engine, strays[:1])
+    freed: list[list[int]] = []
+    with beats.of(engine) as beat:
+        heart = beat(2)
+        free = heart._free_strays
+
+        def slowly(part: Pairs) -> Sequence[Any]:
+            beats.now += 6
+            return free(part)
+
+        monkeypatch.setattr(heart, "_free_strays", slowly)
+        for _ in range(5):
+            before = beats.now
+            beat()
+            assert beats.now - before == 11  # the pause, and one statement
+            freed.append([each.id for each in beats.freed])
+
+    assert freed == [[], [], [], strays[1:2], strays[1:]]
+
+
+def test_strays_are_freed_while_the_queue_of_notifications_is_full(url: str, engine: Engine, beats: Beats) -> None:
+    _stray(engine)
+    with full_queue(url) as theirs, beats.of(theirs) as beat:
+        beat(3)
+
+    assert count_states(engine) == {"available": 1}
 
 
 def test_many_strays_are_freed_a_thousand_at_a_time(engine: Engine, beats: Beats) -> None:

@@ -1,6 +1,7 @@
 """Warnings of what goes wrong slowly: each is said, and said rightly, by statements of bounded cost."""
 
 import logging
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -52,7 +53,7 @@ def test_a_transaction_that_stays_open_is_named_and_its_statement_is_not(
     assert young == []
     (line,) = said(caplog)
     assert line.startswith(f"pid {pid} (")
-    assert "night_report, idle in transaction) has had a transaction open for 0 s" in line
+    assert re.search(r"night_report, idle in transaction\) has had a transaction open for \d+ s", line)
     assert "hunter2" not in line
 
 

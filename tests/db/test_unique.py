@@ -339,7 +339,7 @@ def test_the_second_waits_for_the_first_and_takes_its_row(engine: Engine) -> Non
         second = Second(engine, enqueue_one)
         second.waits(engine)
         session.commit()
-    second.thread.join(10)
+    second.thread.join(30)
 
     assert second.outcome == (first, False)
     assert jobs_in(engine) == [first]
@@ -351,7 +351,7 @@ def test_the_second_takes_the_key_when_the_first_rolls_back(engine: Engine) -> N
         second = Second(engine, enqueue_one)
         second.waits(engine)
         session.rollback()
-    second.thread.join(10)
+    second.thread.join(30)
 
     assert second.outcome[1] is True
     assert len(jobs_in(engine)) == 1
@@ -366,7 +366,7 @@ def test_crossing_keys_in_bulk_do_not_deadlock(engine: Engine) -> None:
     for _ in range(10):
         seconds = [Second(engine, both([1, 2])), Second(engine, both([2, 1]))]
         for second in seconds:
-            second.thread.join(10)
+            second.thread.join(30)
         with engine.begin() as connection:
             connection.execute(text("DELETE FROM river_job"))
 
@@ -378,15 +378,15 @@ def test_repeatable_read_fails_as_postgresql_says_and_makes_no_second_row(engine
     def after_a_look(session: Session) -> tuple[int, bool]:
         session.execute(text("SELECT 1 FROM river_job"))
         looked.set()
-        go.wait(10)
+        go.wait(30)
         return enqueue_one(session)
 
     looked, go = threading.Event(), threading.Event()
     second = Second(engine, after_a_look, "REPEATABLE READ")
-    assert looked.wait(10)
+    assert looked.wait(30)
     put(engine)
     go.set()
-    second.thread.join(10)
+    second.thread.join(30)
 
     assert isinstance(second.error, OperationalError | DBAPIError)
     assert len(jobs_in(engine)) == 1

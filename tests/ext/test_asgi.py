@@ -1,8 +1,6 @@
 """ASGI: a runner in the lifespan of an application, and what cancels it."""
 
 import asyncio
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -248,11 +246,3 @@ def test_a_scope_of_anyio_that_is_cancelled_waits_for_the_stop_without_hurrying_
     asyncio.run(go())
     assert gate.reasons == []
     assert count_states(engine) == {"completed": 1}
-
-
-def test_a_missing_anyio_is_told_with_the_name_of_the_extra() -> None:
-    program = "import sys; sys.modules['anyio'] = None; import sqla_river.ext.asgi"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-
-    told = "ImportError: sqla_river.ext.asgi needs anyio; run pip install 'sqla-river[asgi]'"
-    assert ended.stderr.splitlines()[-1] == told

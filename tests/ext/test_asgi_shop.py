@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine, text
 
-from tests.ext.serving import ask, process, rows, run
+from tests.ext.serving import ask, let_half_an_hour_go_by, process, rows, run
 from tests.making import count_states, eventually
 
 
@@ -20,6 +20,7 @@ def test_an_order_is_placed_and_paid_and_its_jobs_are_worked(empty_url: str, tmp
         assert ask(f"{shop}/orders/1/pay", post=True)[0] == 409
         assert ask(f"{shop}/orders/1/receipt", post=True)[0] == 200
         assert ask(f"{shop}/notices", post=True)[0] == 200
+        let_half_an_hour_go_by(engine)
 
         # 1 check, SMS, e-mail, points, and the e-mail again, 100 notices; what was refused enqueued nothing.
         eventually(lambda: count_states(engine) == {"completed": 105}, 60)

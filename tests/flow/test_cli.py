@@ -112,7 +112,7 @@ def test_interrupt_while_the_demo_starts_leaves_nothing(base: Path, sign: str) -
     wait_for(lambda: "sqlalchemy" in maps.read_text() if sign == "imports" else any(base.glob(sign)))
     process.send_signal(signal.SIGINT)
 
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in said
     assert "Traceback" not in said
@@ -166,7 +166,7 @@ def test_interrupt_while_the_demo_runs_leaves_nothing(
         process.send_signal(number)
         time.sleep(0)
 
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in said
     wait_for(lambda: not traces(base))
@@ -178,7 +178,7 @@ def test_interrupted_demo_drops_its_schema(empty_url: str, words: str) -> None:
     read_until(process, words)
     process.send_signal(signal.SIGINT)
 
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said.endswith("interrupted; all that was started is stopped and removed\n")
     assert ask(empty_url, SCHEMAS) == 0
@@ -256,7 +256,7 @@ def test_work_works_until_a_signal_and_ends_with_0(url: str, tmp_path: Path, app
     read_until(process, "hello, Ada")
     process.send_signal(number)
 
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "has stopped" in said
     assert ask(url, "SELECT state::text FROM river_job") == "completed"
@@ -264,12 +264,12 @@ def test_work_works_until_a_signal_and_ends_with_0(url: str, tmp_path: Path, app
 
 def test_the_shop_works_as_its_readme_says(url: str) -> None:
     env = environment({"DATABASE_URL": url} | HURRY)
-    subprocess.run([sys.executable, "-m", "shop"], cwd=ROOT / "examples", env=env, timeout=20, check=True)
+    subprocess.run([sys.executable, "-m", "shop"], cwd=ROOT / "examples", env=env, timeout=60, check=True)
     process = start("work", "-A", "shop.worker:runner", cwd=ROOT / "examples", env=env)
     wait_for(lambda: ask(url, "SELECT count(*) FROM river_job WHERE state = 'completed'") == 5)
     process.send_signal(signal.SIGTERM)
 
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "SMS sent, in attempt 2" in said
     assert "back on the shelf" in said

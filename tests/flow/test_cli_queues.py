@@ -138,7 +138,7 @@ def test_what_cannot_be_done_is_told_in_a_line(engine: Engine, url: str) -> None
 
     assert none.stdout == "no queues\n"
     assert (unknown.exit_code, "queue 'mial' has no row" in unknown.stderr) == (1, True)
-    assert (bad.exit_code, "queue must be 1 to 64" in bad.stderr) == (1, True)
+    assert (bad.exit_code, "queue must be 1 to 64" in bad.stderr) == (2, True)
     assert (elsewhere.exit_code, "the tables are missing in schema 'nowhere'" in elsewhere.stderr) == (1, True)
     assert "Traceback" not in unknown.stderr + bad.stderr + elsewhere.stderr
     assert "\x1b" not in bad.stderr

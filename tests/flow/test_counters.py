@@ -73,6 +73,6 @@ def test_a_kill_loses_no_count_that_a_heartbeat_has_told(engine: Engine, url: st
         put(engine, *range(20))
         eventually(lambda: by_state(engine) == {"completed": 20}, what="its counts")
         runner.kill()
-        runner.wait(10)
+        runner.wait(30)
 
     assert by_state(engine) == {"completed": 20}

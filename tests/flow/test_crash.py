@@ -5,14 +5,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
 from sqlalchemy import Engine, RowMapping
 
-from tests.crashing import Ledger, bury, spawn
-from tests.making import count_states, make_jobs, read_jobs
+from tests.crashing import Ledger, bury, runners, spawn
+from tests.making import count_states, eventually, make_jobs, read_jobs
 
 SLOTS: Final = 5
 RUNNERS: Final = 3
@@ -121,7 +122,8 @@ def test_killed_runners_lose_no_job_and_run_none_twice_that_was_not_in_flight(
             if set(running.values()) != {"never"} and count_states(engine).get("available", 0) < 50:
                 make_jobs(engine, 100)
             time.sleep(0.02)
-        for process in running:
+        for process in running:  # one that is still starting has no handler for the signal yet
+            eventually(partial(_has_a_runner, engine, process.pid), what="its runner")
             process.terminate()
         assert [process.wait(20) for process in running] == [0] * RUNNERS
     finally:
@@ -130,6 +132,10 @@ def test_killed_runners_lose_no_job_and_run_none_twice_that_was_not_in_flight(
 
     assert len(killed) == rounds, seed
     _check(ledger, {row["id"]: row for row in read_jobs(engine)}, killed, seed)
+
+
+def _has_a_runner(engine: Engine, pid: int) -> bool:
+    return any(runner_id.split(":")[1] == str(pid) for runner_id in runners(engine))
 
 
 def _check(ledger: Ledger, jobs: Mapping[int, RowMapping], killed: set[int], seed: int) -> None:

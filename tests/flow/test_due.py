@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import attrs
 import pytest
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, func, select, text
 from sqlalchemy.orm import Session
 
 from sqla_river import (
@@ -109,17 +109,20 @@ def test_a_job_whose_transaction_commits_after_its_time_starts_at_once(
     monkeypatch.setattr(notify, "ANNOUNCED_AHEAD", ahead)
     monkeypatch.setattr(notify, "_IDLE", 0.1)
     monkeypatch.setattr(Job, "__river__", attrs.evolve(Job.__river__, notify=mode))
+    late: list[timedelta] = []
     with noting(engine) as began, Session(engine) as session:
-        with session.begin():
-            session.execute(text("SELECT pg_sleep(0.05)"))  # the delay counts from the start of the transaction
-            put(session, 1, timedelta(milliseconds=100))
-            session.flush()
-            at = session.scalars(select(Job.scheduled_at)).one()
-            eventually(partial(_is_past, at + timedelta(seconds=0.2)), what="its time")
-            assert began == []
-        committed = datetime.now(UTC)
-        eventually(partial(_has, began, 1), what="the start")
-    assert began[0][1] - committed < timedelta(seconds=1)  # the poll is five minutes away
+        for number in range(3):
+            with session.begin():
+                session.execute(text("SELECT pg_sleep(0.05)"))  # the delay counts from the start of the transaction
+                put(session, number, timedelta(milliseconds=100))
+                session.flush()
+                at = session.scalars(select(func.max(Job.scheduled_at))).one()
+                eventually(partial(_is_past, at + timedelta(seconds=0.2)), what="its time")
+                assert len(began) == number
+            committed = datetime.now(UTC)
+            eventually(partial(_has, began, number + 1), what="the start")  # the poll is five minutes away
+            late.append(began[-1][1] - committed)
+    assert min(late) < timedelta(seconds=1), late  # the machine may have been busy, not three times
 
 
 @pytest.mark.parametrize("how", ["retry", "snooze"])
@@ -140,10 +143,8 @@ def test_a_retry_and_a_snooze_start_on_time(engine: Engine, how: str) -> None:
             with session.begin():
                 job = enqueue(session, Count(number))
             eventually(partial(_has, began, 2 * number + 1), what="the first attempt")
-            job_id = job.id
-            due = eventually(partial(_waits_until, engine, job_id), what="the next time")
-            assert due is not None
             eventually(partial(_has, began, 2 * number + 2), what="the second attempt")
+            due = read_job(engine, job.id)["scheduled_at"]
             late.append((began[-1][1] - due).total_seconds())
 
     assert min(late) >= -0.001
@@ -151,22 +152,22 @@ def test_a_retry_and_a_snooze_start_on_time(engine: Engine, how: str) -> None:
     assert {row["state"] for row in read_jobs(engine)} == {"completed"}
 
 
-def _waits_until(engine: Engine, job_id: int) -> datetime | None:
-    row = read_job(engine, job_id)
-    return row["scheduled_at"] if row["state"] in ("scheduled", "retryable") else None
-
-
 def test_a_job_that_nobody_announced_starts_within_a_poll_of_its_time(engine: Engine) -> None:
     workers = Workers()
     began: list[float] = []
     workers.register(Count)(lambda job: began.append(time.monotonic()))
+    late: list[float] = []
 
     with Runner(engine, workers, queues={"default": 1}, poll=timedelta(seconds=0.3), listen=False):
-        make_jobs(engine, 1, state="scheduled", due_in=timedelta(seconds=0.5))
-        made = time.monotonic()
-        eventually(lambda: began)
+        for number in range(3):
+            before = time.monotonic()
+            make_jobs(engine, 1, state="scheduled", due_in=timedelta(seconds=0.5))
+            made = time.monotonic()
+            eventually(partial(_has, began, number + 1))
+            assert began[-1] - before > 0.499
+            late.append(began[-1] - made - 0.5)
 
-    assert 0.49 < began[0] - made < 0.5 + 0.3 * 1.1 + 1
+    assert min(late) < 0.3 * 1.1 + 1, late  # the machine may have been busy, not three times
 
 
 ALWAYS_BUT_RETRYABLE: Final = Unique(key="k", by_state=unique.ALWAYS)
@@ -200,10 +201,10 @@ def test_a_key_that_an_open_transaction_is_about_to_take_holds_up_only_the_job_t
 
 def test_a_due_job_that_somebody_has_locked_delays_no_other(engine: Engine) -> None:
     with noting(engine) as began:
-        (locked,) = put(engine, 1, scheduled_at=timedelta(seconds=0.5))
+        (locked,) = put(engine, 1, scheduled_at=timedelta(seconds=2))
         with engine.begin() as theirs:
             theirs.execute(text("SELECT 1 FROM river_job WHERE id = :id FOR UPDATE"), {"id": locked})
-            (other,) = put(engine, 2, scheduled_at=timedelta(seconds=4))  # the timer looks but seldom by then
+            (other,) = put(engine, 2, scheduled_at=timedelta(seconds=5.5))  # the timer looks but seldom by then
             eventually(partial(_has, began, 1))
         row = read_job(engine, other)
         eventually(partial(_has, began, 2))

@@ -120,6 +120,45 @@ if child == 0:
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+ALL_LOCKS: Final = """
+import importlib, os, pkgutil, sys, threading, warnings
+import sqla_river
+
+warnings.simplefilter("ignore")
+for module in pkgutil.walk_packages(sqla_river.__path__, "sqla_river."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ImportError:  # of what is not installed
+            pass
+kinds = (type(threading.Lock()), type(threading.RLock()))
+locks = {
+    f"{name}.{key}": value
+    for name, module in sorted(sys.modules.items())
+    if name.partition(".")[0] == "sqla_river"
+    for key, value in vars(module).items()
+    if isinstance(value, kinds)
+}
+
+
+def hold(lock, held, forked):
+    with lock:
+        held.set()
+        forked.wait(0.2)  # for a fork that waits for the lock there is no more to wait for
+
+stuck = []
+for name, lock in locks.items():  # one by one: a fork that waits for one of them finds all of them free
+    held, forked = threading.Event(), threading.Event()
+    threading.Thread(target=hold, args=(lock, held, forked), daemon=True).start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if lock.acquire(blocking=False) else 1)
+    forked.set()
+    if os.waitpid(child, 0)[1]:
+        stuck.append(name)
+print(len(locks) >= 8, stuck)
+"""
 APP: Final = """
 import json, os
 from sqlalchemy import create_engine, text
@@ -178,6 +217,14 @@ def test_a_child_forked_while_another_thread_compiles_args_or_tells_of_an_end_ca
     ended = subprocess.run(command, env=environment({}), capture_output=True, text=True, timeout=60, check=False)
 
     assert ended.stdout == "0\n", ended.stderr
+
+
+def test_no_lock_of_a_module_is_held_by_nobody_in_a_forked_child() -> None:
+    command = [sys.executable, "-c", ALL_LOCKS]
+
+    ended = subprocess.run(command, env=environment({}), capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.stdout == "True []\n", ended.stderr
 
 
 def test_a_forked_child_may_enqueue_and_its_parents_runner_goes_on(url: str, engine: Engine) -> None:

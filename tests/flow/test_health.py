@@ -120,11 +120,10 @@ def test_a_runner_that_waits_for_its_jobs_to_end_lives_but_is_not_ready(engine: 
     eventually(lambda: life._fetching.alive is False, what="the end of fetching")
     over = time.monotonic()
     eventually(lambda: life._beating.moved > over + LIMIT.total_seconds(), what="a while")
-    health = runner.health(LIMIT)
+    stops = Health(True, False, ("the runner stops",))
+    eventually(lambda: runner.health(LIMIT) == stops, what="no other loop to be late")  # as one may be under load
     gate.open()
     stopping.join()
-
-    assert health == Health(True, False, ("the runner stops",))
 
 
 def test_a_long_duty_is_no_hang() -> None:
@@ -150,24 +149,21 @@ def test_without_the_database_a_runner_lives_but_is_not_ready(engine: Engine, ur
         with admin.connect() as connection:
             connection.execute(text("ALTER TABLE river_runner RENAME TO river_elsewhere"))
             try:
-                health = eventually(lambda: _unready(runner), 20, "word of it")
+                eventually(lambda: _lacks_its_heartbeat(runner.health(LIMIT)), 20, "word of it")
             finally:
                 connection.execute(text("ALTER TABLE river_elsewhere RENAME TO river_runner"))
             eventually(lambda: runner.health(LIMIT).ready, 20, "it to be well again")
     admin.dispose()
 
-    assert health is not None
-    assert health.alive
-    assert any("the heartbeat loop has failed" in problem for problem in health.problems)
 
-
-def _unready(runner: Runner) -> Health | None:
-    health = runner.health(LIMIT)
-    return health if not health.ready else None
+def _lacks_its_heartbeat(health: Health) -> bool:
+    failed = any("the heartbeat loop has failed" in problem for problem in health.problems)
+    return (health.alive, health.ready, failed) == (True, False, True)
 
 
 def test_the_fleet_is_known_by_its_heartbeats(engine: Engine) -> None:
-    with Runner(engine, handling(Gate()), queues={"default": 3, "mail": 1}):
+    seldom: dict[str, Any] = {"heartbeat": timedelta(seconds=10), "lease": timedelta(seconds=30)}  # none in between
+    with Runner(engine, handling(Gate()), queues={"default": 3, "mail": 1}, **seldom):
         with engine.connect() as connection:
             (live,) = fleet(connection, None)
         silence(engine, timedelta(seconds=20))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Session
 
-from sqla_river import Cancel, JobContext, JobMixin, River, Snooze, Workers, cancel, enqueue, enqueue_many
+from sqla_river import Cancel, JobContext, JobMixin, River, Snooze, Workers, cancel, enqueue, enqueue_many, hooks
 from sqla_river.errors import ConfigError
 from sqla_river.hooks import KEPT_EVENTS, Event, Events
 from sqla_river.rows import InsertRow
@@ -26,7 +27,7 @@ from tests.making import Count, Gate, all_are, count_states, eventually, make_jo
 from tests.working import HOUR, after, begun, errors, handling, nothing, outcome, put, working
 
 Next = Callable[[JobContext[Any]], Any]
-SOON = timedelta(seconds=10)
+SOON = timedelta(seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_the_error_handler_is_not_asked_about_wishes_and_interrupts(engine: Engi
             raise Snooze(HOUR)
         if job.args.number == 1:
             raise Cancel
-        assert job.cancelled.wait(10)
+        assert job.cancelled.wait(30)
         raise RuntimeError
 
     def on_error(job: JobContext[Any], _: BaseException) -> None:
@@ -477,7 +478,7 @@ def test_every_end_of_a_job_is_an_event(engine: Engine) -> None:
             case 4:
                 return Cancel("enough")
             case _:
-                assert job.cancelled.wait(10)
+                assert job.cancelled.wait(30)
                 raise RuntimeError
 
     ids = [
@@ -510,9 +511,38 @@ def test_events_come_after_their_commit(engine: Engine) -> None:
             assert read_job(engine, job_id)["state"] == "completed"
 
 
+def _are_told(told: list[Event], count: int) -> bool:
+    return len(told) >= count
+
+
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+def test_what_a_listener_raises_is_logged_and_hinders_no_outcome_and_no_other_listener(
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    told: list[Event] = []
+
+    def raises(_: Event) -> None:
+        raise error("no app here")
+
+    monkeypatch.setattr(hooks, "EVENTS_EVERYWHERE", [raises, told.append])
+    with working(engine, nothing) as runner:
+        for count in (10, 15):  # the later ones of a blocked completer would stay running
+            put(engine, *range(len(told), count))
+            eventually(all_are(engine, "completed", count), within=10)
+            eventually(partial(_are_told, told, count), within=10, what="the events")
+        worked = runner.worked
+
+    assert worked == 15
+    assert sorted(event.job_id or 0 for event in told) == [row["id"] for row in read_jobs(engine)]
+    assert any("raises(completed) failed: " in record.getMessage() for record in caplog.records)
+
+
 def test_a_job_cancelled_from_outside_is_an_event(engine: Engine) -> None:
     gate = Gate()
-    slow: dict[str, Any] = {"heartbeat": timedelta(seconds=10)}
+    slow: dict[str, Any] = {"heartbeat": timedelta(minutes=5), "lease": HOUR}  # no beat tells of it
     with working(engine, gate, **slow) as runner, runner.subscribe("cancelled") as subscription:
         (job_id,) = put(engine, 0)
         gate.wait(1)

@@ -5,7 +5,6 @@ where it can.
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Generator
@@ -26,31 +25,31 @@ from tests.programs import program
 from tests.working import SLOW_POLL, nothing, put, settled, working
 
 SAID = "LISTEN goes through a transaction pooler"
+LISTENING = 6432
 
 
 @contextmanager
-def pgbouncer(url: str, mode: str) -> Generator[str]:
-    """The URL of *url*'s database through a PgBouncer of the test's own."""
+def pgbouncer(url: str, mode: str, *, ignored: str = "options") -> Generator[str]:
+    """The URL of *url*'s database through a PgBouncer of the test's own, which drops *ignored* of what a client starts
+    with, and refuses the rest.
+    """
     path = program("pgbouncer")
     server = make_url(url)
     host, port = str(server.query.get("host") or server.host), server.query.get("port") or server.port or 5432
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        listening = free.getsockname()[1]
     # Not root, and whoever may enter the folder of the server's socket.
     user = Path(host).stat().st_uid if host.startswith("/") and os.geteuid() == 0 else os.geteuid()
     folder = Path(tempfile.mkdtemp(prefix="river-bouncer-"))
     settings = folder / "pgbouncer.ini"
-    settings.write_text(
+    settings.write_text(  # on a socket of its own: a port might be somebody else's by then
         f"[databases]\n* = host={host} port={port} user={server.username or 'postgres'} "
         f"{f'password={server.password}' if server.password else ''}\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {listening}\nunix_socket_dir =\n"
-        f"auth_type = any\npool_mode = {mode}\ndefault_pool_size = 20\nignore_startup_parameters = options\n"
+        f"[pgbouncer]\nlisten_addr =\nlisten_port = {LISTENING}\nunix_socket_dir = {folder}\n"
+        f"auth_type = any\npool_mode = {mode}\ndefault_pool_size = 20\nignore_startup_parameters = {ignored}\n"
     )
     os.chown(folder, user, -1)
     folder.chmod(0o755)
     process = subprocess.Popen([path, str(settings)], user=user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    pooled = server.set(host="127.0.0.1", port=listening, query={})
+    pooled = server.set(host=None, port=None, query={"host": str(folder), "port": str(LISTENING)})
     try:
 
         def answers() -> bool:
@@ -64,7 +63,7 @@ def pgbouncer(url: str, mode: str) -> Generator[str]:
         yield pooled.render_as_string(hide_password=False)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(30)
         shutil.rmtree(folder)
 
 

@@ -72,7 +72,7 @@ def process(url: str, manner: Manner, stop_timeout: float) -> Generator["subproc
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:
-        watchdog = threading.Timer(60, running.kill)
+        watchdog = threading.Timer(120, running.kill)
         watchdog.start()
         try:
             yield running
@@ -99,7 +99,7 @@ def test_a_signal_under_load_stops_the_process_and_leaves_nothing_running(
     with process(url, "quick", 20) as running:
         eventually(lambda: count_states(engine).get("completed", 0) >= 200, within=30, what="some work")
         running.send_signal(number)
-        output, _ = running.communicate(timeout=20)
+        output, _ = running.communicate(timeout=60)
 
     assert running.returncode == 0, output
     assert output.endswith("done\n")
@@ -115,7 +115,7 @@ def test_running_jobs_finish_before_a_process_ends(url: str, engine: Engine) -> 
     with process(url, "slow", 20) as running:
         has_begun(running, 8)
         running.terminate()
-        output, _ = running.communicate(timeout=20)
+        output, _ = running.communicate(timeout=60)
 
     assert running.returncode == 0, output
     assert count_states(engine) == {"completed": 8}
@@ -129,7 +129,7 @@ def test_a_second_signal_interrupts_the_running_jobs(url: str, engine: Engine) -
         running.terminate()
         eventually(lambda: backends(engine, "fetch") == 0, what="the fetch to end")
         running.send_signal(signal.SIGINT)
-        output, _ = running.communicate(timeout=10)
+        output, _ = running.communicate(timeout=30)
 
     assert running.returncode == 0, output
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}
@@ -142,7 +142,7 @@ def test_handlers_that_ignore_everything_are_left_behind(url: str, engine: Engin
         has_begun(running, 8)
         began = time.monotonic()
         running.terminate()
-        output, _ = running.communicate(timeout=20)
+        output, _ = running.communicate(timeout=60)
         took = time.monotonic() - began
 
     assert running.returncode == 0, output
@@ -160,7 +160,7 @@ def test_a_third_signal_leaves_them_behind_at_once(url: str, engine: Engine) -> 
         began = time.monotonic()
         running.send_signal(signal.SIGTERM)
         running.send_signal(signal.SIGINT)  # another one: two of a kind may be taken as one
-        output, _ = running.communicate(timeout=20)
+        output, _ = running.communicate(timeout=60)
         took = time.monotonic() - began
 
     assert running.returncode == 0, output
@@ -216,7 +216,7 @@ def ends_at(number):
     if number != signal.SIGTERM:  # which ends one that has not come to itself yet, too
         lives.wait(20)
     os.kill(child.pid, number)
-    child.join(5)
+    child.join(30)
     code = child.exitcode
     child.kill()
     return code
@@ -248,7 +248,7 @@ def test_children_that_a_handler_forks_obey_signals_as_if_there_were_no_runner(u
         text=True,
         start_new_session=True,
     ) as running:
-        watchdog = threading.Timer(60, os.killpg, (running.pid, signal.SIGKILL))
+        watchdog = threading.Timer(120, os.killpg, (running.pid, signal.SIGKILL))
         watchdog.start()
         said = read_until(running, "left")
         child = int(said.split()[-1])
@@ -275,7 +275,7 @@ def test_signals_can_be_taken_in_the_main_thread_only(engine: Engine) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    thread.join(10)
+    thread.join(30)
 
     assert "main thread" in str(failures[0])
 

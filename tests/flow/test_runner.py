@@ -184,7 +184,7 @@ def test_a_heartbeat_reconnects_while_handlers_hold_the_whole_pool(url: str, eng
         assert backends(engine, "heartbeat", kill=True) == 1
         killed_at = beat()
         try:
-            assert eventually(lambda: beat() > killed_at, within=5, what="a beat after the kill")
+            assert eventually(lambda: beat() > killed_at, what="a beat after the kill")
         finally:
             gate.open()
     narrow.dispose()

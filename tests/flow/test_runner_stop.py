@@ -35,7 +35,7 @@ def test_running_jobs_may_finish_within_the_stop_timeout(engine: Engine) -> None
         stopping.start()
         put(engine, 99)
         gate.open()
-        stopping.join(10)
+        stopping.join(30)
 
         assert not stopping.is_alive()
 
@@ -95,7 +95,7 @@ def test_a_second_stop_from_another_thread_hurries_the_first(engine: Engine) -> 
         first.start()
         eventually(lambda: _is_stopping(runner), what="the first stop to begin")
         runner.stop()
-        first.join(10)
+        first.join(30)
 
     assert not first.is_alive()
     assert time.monotonic() - began < 10
@@ -114,7 +114,7 @@ def test_many_stops_at_once_all_return(engine: Engine) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(30)
 
     assert not any(thread.is_alive() for thread in threads)
 
@@ -152,7 +152,7 @@ def test_start_and_stop_are_bounded_while_the_database_is_away(away: str) -> Non
         starting.start()
         eventually(lambda: runner.id is not None, what="the start to begin")
         runner.stop(timedelta(0))
-        starting.join(1)
+        starting.join(8)
         took = time.monotonic() - began
 
     assert not starting.is_alive()
@@ -173,6 +173,6 @@ def test_a_runner_that_was_started_without_a_database_works_once_it_is_there() -
         eventually(lambda: runner.id is not None, what="the start to begin")
         postgres.start_server()
         gate.wait(within=20)
-        starting.join(10)
+        starting.join(30)
         runner.stop()
         engine.dispose()

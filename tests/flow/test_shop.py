@@ -52,6 +52,17 @@ def place() -> int:
         return place_order(session, customer, session.scalars(select(Product)).one()).id
 
 
+def place_and_pay() -> int:
+    """In one transaction: between two, a runner might find on a busy machine that the time to pay is over."""
+    with sessions.begin() as session:
+        customer = Customer(name="Ada", phone="1", email="ada@example.org")
+        session.add(customer)
+        session.flush()
+        order_id = place_order(session, customer, session.scalars(select(Product)).one()).id
+        assert payment_callback(session, order_id, "B-1")
+        return order_id
+
+
 def pay(order_id: int, reference: str = "B-1") -> bool:
     with sessions.begin() as session:
         return payment_callback(session, order_id, reference)
@@ -79,9 +90,9 @@ def kinds() -> list[str]:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not what():
-        assert time.monotonic() < deadline, "waited 20 seconds in vain"
+        assert time.monotonic() < deadline, "waited 60 seconds in vain"
         time.sleep(0.005)
 
 
@@ -141,8 +152,7 @@ def test_unpaid_order_is_cancelled_and_its_stock_returned(runner: Runner) -> Non
 
 
 def test_paid_order_outlives_its_check(runner: Runner) -> None:
-    order_id = place()
-    pay(order_id)
+    order_id = place_and_pay()
 
     wait_for(lambda: the_job(CheckPaid.kind).state == JobState.COMPLETED)
     assert status(order_id) == Status.PAID
@@ -151,7 +161,7 @@ def test_paid_order_outlives_its_check(runner: Runner) -> None:
 
 def test_sms_is_tried_again_when_the_gateway_fails(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "sms", Gateway("SMS", failures=1))
-    pay(place())
+    place_and_pay()
 
     wait_for(lambda: the_job(SendSMS.kind).state == JobState.COMPLETED)
     sms = the_job(SendSMS.kind)
@@ -162,8 +172,7 @@ def test_sms_is_tried_again_when_the_gateway_fails(runner: Runner, monkeypatch: 
 
 def test_sms_is_discarded_after_three_attempts(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "sms", Gateway("SMS", failures=3))
-    order_id = place()
-    pay(order_id)
+    order_id = place_and_pay()
 
     wait_for(lambda: the_job(SendSMS.kind).state == JobState.DISCARDED)
     assert the_job(SendSMS.kind).attempt == 3
@@ -171,7 +180,7 @@ def test_sms_is_discarded_after_three_attempts(runner: Runner, monkeypatch: pyte
 
 
 def test_points_are_added_once_however_often_the_job_runs(runner: Runner) -> None:
-    pay(place())
+    place_and_pay()
     wait_for(lambda: the_job(AddPoints.kind).state == JobState.COMPLETED)
 
     with sessions.begin() as session:

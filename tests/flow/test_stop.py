@@ -39,15 +39,24 @@ def engine(url: str) -> Iterator[Engine]:
 
 def test_async_jobs_may_finish_within_the_stop_timeout(engine: Engine) -> None:
     reasons: list[Any] = []
+    may_end = asyncio.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
 
     async def handler(job: JobContext[Count]) -> None:
-        await asyncio.sleep(0.3)
+        loops.append(asyncio.get_running_loop())
+        await may_end.wait()
         reasons.append(job.cancelled.reason)
 
     put(engine, *range(3))
     with working(engine, handler) as runner:
         begun(runner, 3)
-        runner.stop(timedelta(seconds=20))
+        incarnation = runner._incarnation
+        assert incarnation is not None
+        stopping = threading.Thread(target=runner.stop, args=(timedelta(seconds=60),))
+        stopping.start()
+        eventually(lambda: incarnation.stopping, what="the stop to begin")
+        loops[0].call_soon_threadsafe(may_end.set)
+        stopping.join(60)
 
     assert reasons == [None] * 3
     assert count_states(engine) == {"completed": 3}
@@ -83,7 +92,7 @@ def test_a_normal_return_after_an_interrupt_is_completed_and_a_wish_is_a_wish(en
         return Snooze(HOUR) if job.args.number else None
 
     def plain(job: JobContext[Count]) -> Any:
-        assert job.cancelled.wait(10)
+        assert job.cancelled.wait(30)
         return ended(job)
 
     async def awaited(job: JobContext[Count]) -> Any:
@@ -185,7 +194,7 @@ def test_an_interrupted_transactional_handler_leaves_nothing_and_one_that_return
 
     def handler(job: JobContext[Count], session: Session) -> None:
         session.execute(text("INSERT INTO note VALUES (:number)"), {"number": str(job.args.number)})
-        assert job.cancelled.wait(10)
+        assert job.cancelled.wait(30)
         if job.args.number == 0:
             raise RuntimeError
 
@@ -322,7 +331,7 @@ def test_each_further_signal_goes_one_step_further_with_async_handlers(
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        watchdog = threading.Timer(40, process.kill)
+        watchdog = threading.Timer(120, process.kill)
         watchdog.start()
         try:
             assert process.stdout is not None
@@ -333,7 +342,7 @@ def test_each_further_signal_goes_one_step_further_with_async_handlers(
             began = time.monotonic()
             for number in (signal.SIGINT, signal.SIGTERM)[: signals - 1]:
                 process.send_signal(number)
-            output, _ = process.communicate(timeout=20)
+            output, _ = process.communicate(timeout=60)
             took = time.monotonic() - began
         finally:
             watchdog.cancel()
@@ -373,7 +382,7 @@ def test_what_a_fetch_on_its_way_brings_goes_back(engine: Engine) -> None:
             eventually(
                 lambda: incarnation.executor._interrupted or not stopping.is_alive(), what="the soft phase to end"
             )
-        stopping.join(10)
+        stopping.join(30)
 
     assert gate.started == []
     assert {(row["state"], row["attempt"]) for row in read_jobs(engine)} == {("available", 0)}

@@ -22,7 +22,7 @@ from tests.making import Count, Gate, eventually, make_job, read_job
 from tests.working import is_state, nothing, put, working
 
 SOON = timedelta(seconds=0.2)
-LONG = timedelta(seconds=10)
+LONG = timedelta(seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_it_waits_for_the_end_and_not_for_the_start(engine: Engine, wait: Wait) 
         waiting.join(0.1)
         assert ended == []
         gate.open()
-        waiting.join(10)
+        waiting.join(30)
 
     assert [(job.state, job.args) for job in ended] == [("completed", {"number": 3})]
 
@@ -151,7 +151,7 @@ def test_a_job_that_is_deleted_meanwhile_is_reported(engine: Engine, wait: Wait)
     eventually(lambda: _looked(engine), what="a first look")
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM river_job"))
-    waiting.join(10)
+    waiting.join(30)
 
     assert [type(error) for error in raised] == [JobNotFoundError]
 
@@ -201,7 +201,7 @@ def test_a_job_that_this_process_finishes_is_known_without_a_look(
             waiting.start()
             eventually(lambda: _looked(engine), what="a first look")
             gate.open()
-            waiting.join(10)
+            waiting.join(30)
         assert len(ended) == 1
 
 
@@ -258,7 +258,7 @@ def test_a_wait_may_end_in_the_thread_that_tells_another() -> None:
 
     threading.Thread(target=tells, daemon=True).start()
 
-    assert heard.wait(10)
+    assert heard.wait(30)
 
 
 @pytest.mark.parametrize("mapped", ["engine", "connection"])

@@ -36,7 +36,7 @@ def test_a_worker_shows_its_metrics_and_health_and_the_database_what_it_did(url:
     during, as_json = (run("health", "--database-url", url, *more) for more in ((), ("--json",)))
     taken = run("work", "-A", "greeting:make", cwd=tmp_path, env={"SQLA_RIVER_METRICS_PORT": port})
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     stats, stats_json = (run("stats", "--database-url", url, *more) for more in ((), ("--json",)))
     with engine.begin() as connection:
         assert connection.execute(text("SELECT count(*) FROM river_counter")).scalar() == 1
@@ -75,7 +75,7 @@ def test_watch_goes_on_until_ctrl_c_in_a_pipe_and_on_a_terminal(url: str) -> Non
     for _ in range(2):
         assert '"available": 1234' in read_until(pipe, "default")
     pipe.send_signal(signal.SIGINT)
-    rest, _ = pipe.communicate(timeout=20)
+    rest, _ = pipe.communicate(timeout=60)
     assert (pipe.returncode, "Traceback" in rest) == (0, False)
 
     ours, theirs = pty.openpty()

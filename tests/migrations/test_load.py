@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +46,7 @@ def upgrade_together(project: Project, count: int) -> list[int]:
         for _ in range(count)
     ]
     try:
-        return [process.wait(timeout=120) for process in processes]
+        return [process.wait(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -118,7 +117,7 @@ def test_the_lock_keeps_create_all_waiting(engine: Engine) -> None:
         thread.start()
         assert not done.wait(0.3)
         held.release()
-        assert done.wait(10)
+        assert done.wait(30)
     thread.join()
 
 
@@ -154,7 +153,7 @@ def test_the_lock_wants_a_plain_connection() -> None:
 
 
 class Load:
-    """Clients that put jobs in, fetch them and complete them, and note how long each statement took."""
+    """Clients that put jobs in, fetch them and complete them, and wait for no lock for a second."""
 
     STATEMENTS = (
         "INSERT INTO river_job (kind, args, max_attempts) VALUES ('k', '{}', 3)",
@@ -170,7 +169,6 @@ class Load:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.longest = 0.0
         self.count = 0
         self.errors: list[Exception] = []
         self.stopped = threading.Event()
@@ -178,11 +176,10 @@ class Load:
     def work(self) -> None:
         try:
             with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("SET lock_timeout = '1s'")  # an error, where a busy machine is none
                 while not self.stopped.is_set():
                     for statement in self.STATEMENTS:
-                        began = time.monotonic()
                         connection.exec_driver_sql(statement)
-                        self.longest = max(self.longest, time.monotonic() - began)
                         self.count += 1
         except Exception as error:  # noqa: BLE001
             self.errors.append(error)
@@ -231,18 +228,15 @@ def test_a_big_table_is_upgraded_without_anybody_waiting_for_a_second(
     project = Project(tmp_path, empty_url)
     project.migration("op.river_upgrade(version=1)")
     with engine_of(empty_url) as engine, load(engine) as working:
-        began = time.monotonic()
         if by == "alembic":
             project.upgrade()
         else:
             migrate(engine)
-        took = time.monotonic() - began
         with engine.connect() as connection:
             assert check_schema(connection, None) == []
 
     assert working.errors == []
     assert working.count > 10
-    assert working.longest < 1.0, (working.longest, took)
 
 
 @pytest.mark.parametrize("rows", [120_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
@@ -279,7 +273,6 @@ def test_runners_go_on_while_a_later_version_arrives(
         assert done.wait(30)
 
     assert working.errors == []
-    assert working.longest < 1.0, working.longest
 
 
 def test_a_change_that_cannot_get_its_lock_gives_up_with_the_reason(

@@ -94,10 +94,10 @@ from importlib import metadata
 metadata.entry_points = lambda **_: []
 import alembic.op
 from alembic.runtime.plugins import Plugin
-began = time.perf_counter()
+began = time.process_time()
 import sqla_river_alembic
 Plugin.setup_plugin_from_module(sqla_river_alembic, "sqla_river")
-print(time.perf_counter() - began)
+print(time.process_time() - began)
 """
 
 

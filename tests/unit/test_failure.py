@@ -58,13 +58,13 @@ def test_an_error_whose_text_is_no_text_is_still_told() -> None:
 
 @pytest.mark.parametrize("character", ["x", "\0", "\udc80", "ä", "🙂", "\n"], ids=ascii)
 def test_fifty_megabytes_are_cut_quickly(character: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()  # of this thread alone: others share the machine
 
     message, trace = said(ValueError(character * (50_000_000 // len(character.encode("utf-8", "surrogatepass")))))
 
     assert message.endswith("...")
     assert "in raised" in trace
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 5
 
 
 def test_a_long_trace_keeps_its_end() -> None:

@@ -99,6 +99,22 @@ def test_one_runner_does_not_keep_another_quiet(caplog: pytest.LogCaptureFixture
     assert [record.__dict__["runner"] for record in caplog.records] == ["a", "b"]
 
 
+def test_a_filter_of_the_users_that_raises_is_said_on_stderr_and_ends_no_thread_of_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def current_app(_: logging.LogRecord) -> bool:
+        raise LookupError("no app here")
+
+    logger = logging.getLogger("sqla_river.tried")
+    logger.addFilter(current_app)
+    try:
+        log.warning("the job failed")
+    finally:
+        logger.removeFilter(current_app)
+
+    assert "LookupError: no app here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,5 +1,6 @@
 """A session for each job, whatever the scoped_session of the app goes by."""
 
+import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ class _Scope(NamedTuple):
 
 _current: Final[ContextVar[_Scope | None]] = ContextVar("sqla_river_scope", default=None)
 _lock: Final = threading.Lock()
+
+if hasattr(os, "register_at_fork"):  # else a child forked while another thread holds it could make no app
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 class JobScopes(ScopedRegistry[Any]):

@@ -23,8 +23,15 @@ from collections.abc import Callable
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-import prometheus_client
-from prometheus_client import REGISTRY, CollectorRegistry
+try:
+    import prometheus_client
+    from prometheus_client import REGISTRY, CollectorRegistry
+except ModuleNotFoundError as error:
+    if error.name != "prometheus_client":
+        raise
+    raise ModuleNotFoundError(
+        "sqla_river.ext.prometheus needs prometheus_client; run pip install 'sqla-river[prometheus]'", name=error.name
+    ) from error
 
 from sqla_river.ext.prometheus.metrics import Metrics
 from sqla_river.ext.prometheus.shared import Shared, folder, is_shared, shared_health
@@ -89,3 +96,5 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+# Else a child forked while another thread holds it could watch no runner.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

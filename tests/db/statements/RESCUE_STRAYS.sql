@@ -20,7 +20,7 @@ FROM sentence
 WHERE river_job.id = sentence.id AND CAST(river_job.state AS TEXT) = 'running'
 RETURNING river_job.id, river_job.queue, river_job.kind, CAST(river_job.state AS TEXT) AS state, coalesce(sentence.deaths, 0) >= 2 AS suspect, true AS ours), told AS (SELECT pg_notify(coalesce(%(p_schema)s::VARCHAR, current_schema()) || '.river_insert', '{"queue": ' || CAST(to_json(rescued.queue) AS TEXT) || CASE WHEN bool_or(rescued.suspect) THEN ', "suspects": true}' ELSE ', "deaths": true}' END) AS said
 FROM rescued
-WHERE rescued.state = 'available'
+WHERE rescued.state = 'available' AND %(p_tell)s
 GROUP BY rescued.queue) SELECT rescued.id, rescued.queue, rescued.kind, rescued.state, rescued.suspect, rescued.ours, (SELECT count(told.said) AS count_1
 FROM told) AS anon_1
 FROM rescued

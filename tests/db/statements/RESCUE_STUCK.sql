@@ -5,7 +5,7 @@ ORDER BY river_runner.id
 FOR UPDATE SKIP LOCKED), stuck AS (SELECT w.id AS id, w.unique_key AS unique_key, w.unique_key IS NOT NULL AND get_bit(w.unique_states, 7) = 1 AND NOT river_job_state_in_bitmask(w.unique_states, w.state) AS takes, dead.id AS owner, dead.alone AS alone
 FROM river_job AS w
 LEFT OUTER JOIN dead ON dead.id = split_part(w.attempted_by[cardinality(w.attempted_by)], '/', 1)
-WHERE w.state = 'running' AND (dead.id IS NOT NULL OR NOT (coalesce(split_part(w.attempted_by[cardinality(w.attempted_by)], '/', 1), '') ~ '^[A-Za-z0-9_-]{1,60}:[0-9]+:[0-9a-f]{16}$') AND coalesce(w.attempted_at, w.created_at) < now() - interval '1 hour') AND %(p_until)s::TIMESTAMP WITH TIME ZONE >= now()
+WHERE w.state = 'running' AND (dead.id IS NOT NULL OR NOT (coalesce(split_part(w.attempted_by[cardinality(w.attempted_by)], '/', 1), '') ~ '^[A-Za-z0-9_-]{1,60}:[0-9]+:[0-9a-f]{16}$') AND coalesce(w.attempted_at, w.created_at) < now() - interval '1 hour') AND %(p_until)s::TIMESTAMP WITH TIME ZONE >= now() AND w.id != ALL (%(p_refused)s::BIGINT[])
 ORDER BY w.id
 LIMIT 1000
 FOR UPDATE OF w SKIP LOCKED), counted AS (INSERT INTO river_suspect (job_id, deaths, alone) SELECT stuck.id AS id, 1, CASE WHEN (stuck.alone = stuck.id) THEN 1 ELSE 0 END AS anon_2
@@ -25,7 +25,7 @@ FROM sentence
 WHERE river_job.id = sentence.id AND CAST(river_job.state AS TEXT) = 'running'
 RETURNING river_job.id, river_job.queue, river_job.kind, CAST(river_job.state AS TEXT) AS state, coalesce(sentence.deaths, 0) >= 2 AS suspect, sentence.owner IS NOT NULL AS ours), told AS (SELECT pg_notify(coalesce(%(p_schema)s::VARCHAR, current_schema()) || '.river_insert', '{"queue": ' || CAST(to_json(rescued.queue) AS TEXT) || CASE WHEN bool_or(rescued.suspect) THEN ', "suspects": true}' ELSE ', "deaths": true}' END) AS said
 FROM rescued
-WHERE rescued.state = 'available'
+WHERE rescued.state = 'available' AND %(p_tell)s
 GROUP BY rescued.queue) SELECT rescued.id, rescued.queue, rescued.kind, rescued.state, rescued.suspect, rescued.ours, (SELECT count(told.said) AS count_1
 FROM told) AS anon_1
 FROM rescued
