@@ -3,8 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext, suppress
-from contextvars import copy_context
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from types import CoroutineType, TracebackType
@@ -12,6 +11,7 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqla_river import failure, states
 from sqla_river.args import CattrsCodec, Codec
+from sqla_river.aside import Aside
 from sqla_river.context import JobContext, cancel_context, staged_metadata
 from sqla_river.hooks import WORK_EVERYWHERE, Around, Audience, WorkMiddleware
 from sqla_river.judge import Judge, hides, wish
@@ -93,11 +93,14 @@ class Executor:
         self._around: Around | None = None if around is None else lambda: _Surroundings(around())
         self._keep_logs = keep_logs
         self._audience = audience
+        self._aside = Aside("sqla_river-judge")
         self._interrupted = False
         self._cancelled: set[tuple[int, str]] = set()
         """Id and token: a job may be given back, and begin here again under another one."""
         self.running: dict[int, JobContext[Any]] = {}
-        """The jobs whose handler runs now, by id."""
+        """The jobs whose handler runs now, by the identity of the attempt: a job may be fetched again while an earlier
+        attempt at it still hangs here.
+        """
 
     def prepare(self) -> None:
         """Compile what decodes the args of each worker: no job need wait for that."""
@@ -114,9 +117,9 @@ class Executor:
     def cancel(self, fetched: Fetched) -> None:
         """Tell the handler of this job that somebody asked to cancel it; if it has yet to begin, as soon as it does."""
         self._cancelled.add((fetched[ID], fetched[TOKEN]))  # first: what begins in between looks there
-        attempt = self.running.get(fetched[ID])
-        if attempt is not None and attempt.row.token == fetched[TOKEN]:
-            cancel_context(attempt, "cancel")
+        for attempt in list(self.running.values()):
+            if attempt.row == fetched:
+                cancel_context(attempt, "cancel")
 
     def forget(self, fetched: Fetched) -> None:
         """Let go of a job that has not begun."""
@@ -185,7 +188,7 @@ class Executor:
         except BaseException as error:  # noqa: BLE001
             if isinstance(error, self._scope.unknown) or self.judge.asks(attempt.worker):
                 # The database and what is the user's may take their time: not here.
-                await _in_a_thread(partial(self._judge, attempt, error))
+                await self._aside.run(partial(self._judge, attempt, error))
             else:
                 self._failed(attempt, error)
         return self._end(attempt)
@@ -212,11 +215,10 @@ class Executor:
 
     def _start(self, worker: Worker, attempt: "_Attempt") -> None:
         """The clock of the timeout runs from here: what a job waited for a connection is not its own time."""
-        job_id = attempt.row.id
-        self.running[job_id] = attempt
+        self.running[id(attempt)] = attempt
         if self._interrupted:
             cancel_context(attempt, "stop")
-        elif (job_id, attempt.row.token) in self._cancelled:
+        elif (attempt.row.id, attempt.row.token) in self._cancelled:
             cancel_context(attempt, "cancel")
         seconds = worker.seconds or self._seconds
         if seconds is not None:
@@ -280,8 +282,7 @@ class Executor:
 
     def _end(self, attempt: "_Attempt") -> Result | None:
         row = attempt.row
-        if self.running.get(row.id) is attempt:  # a later attempt may stand there
-            del self.running[row.id]
+        self.running.pop(id(attempt), None)
         if self._cancelled:
             self._cancelled.discard((row.id, row.token))
         assert attempt.transition is not None
@@ -329,28 +330,6 @@ class _AsyncAttempt(_Attempt):
     def _cancel(self) -> None:
         if self.task is not None:
             self.told += self.task.cancel()
-
-
-async def _in_a_thread(call: Callable[[], object]) -> None:
-    """Await *call*, whoever cancels this task meanwhile, or has done so; here where no thread can be had for it."""
-    claims = [call]
-
-    def claimed() -> None:
-        try:
-            claim = claims.pop()
-        except IndexError:
-            return
-        claim()
-
-    try:
-        future = asyncio.get_running_loop().run_in_executor(None, copy_context().run, claimed)
-    except RuntimeError:  # a pool that cannot grow keeps what it was given, and may run it later
-        claimed()
-        return
-    while not future.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait([future])
-    future.result()
 
 
 def _forget_cancels(task: "asyncio.Task[Any]", times: int) -> None:

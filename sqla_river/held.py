@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
@@ -10,7 +10,7 @@ from sqla_river import states
 from sqla_river.admission import Admission
 from sqla_river.complete import Completer
 from sqla_river.context import JobContext, cancel_context
-from sqla_river.eventloop import EventLoop
+from sqla_river.eventloop import EventLoop, Last
 from sqla_river.execute import Executor
 from sqla_river.failure import at
 from sqla_river.logs import Log, of_job
@@ -31,8 +31,9 @@ class Held:
         slots: by queue.
         freed: told of the queue of each job that has come to its end.
         returned: told of the queue of each job that is let go without it.
+        recovered: told when so many handlers hang no more that nothing may be fetched.
         runner: the id that the log lines of the slots bear.
-        last: awaited when the event loop of the async handlers ends.
+        last: parts with what belongs to the event loop of the async handlers, and returns what closes it there.
     """
 
     def __init__(
@@ -43,20 +44,24 @@ class Held:
         *,
         freed: Callable[[str], None],
         returned: Callable[[str], None],
+        recovered: Callable[[], None],
         runner: str,
-        last: Callable[[], Coroutine[Any, Any, object]] | None,
+        last: Last | None,
     ) -> None:
         self._executor = executor
         self._completer = completer
         self._slots = slots
         self._freed = freed
         self._returned = returned
+        self._recovered = recovered
         self._admission = Admission(slots)
         self._threads = Threads(sum(slots.values()), executor.execute, self._finished_plain, "sqla_river-slot", runner)
         self._event_loop = EventLoop(executor.execute_async, self._finished_async, "sqla_river-loop", runner, last)
         self._unfinished: dict[int, Fetched] = {}
         """By identity: a job may be fetched again while its last attempt is still here."""
         self._given_up: set[Fetched] = set()
+        """Those whose handlers hang beyond their timeout."""
+        self._giving_up = threading.Lock()
         self._open: set[int] = set()
         """Those of them that nobody has brought to their end yet; who takes one out does. No lock per job."""
         self._placing = threading.Lock()
@@ -64,8 +69,8 @@ class Held:
         """Whether nothing may begin any more: what is delivered goes back."""
         self.changed = threading.Event()
         """Set whenever a job has come to its end while `stopping`."""
-        self.exhausted = threading.Event()
-        """Set once more handlers hang than there are slots."""
+        self.exhausted = False
+        """Whether more handlers hang than there are slots. Then nothing is to be fetched: each would cost a thread."""
 
     def __contains__(self, job_id: object) -> bool:
         return any(row[ID] == job_id for row in self.rows)
@@ -114,7 +119,7 @@ class Held:
     def _finished(self, row: Fetched, result: Result | None) -> Fetched | None:
         """The handler of *row* has come to its end; the job that begins in its place."""
         if not self._hand_on(row, result):
-            self._given_up.discard(row)
+            self._come_back(row)
             self._completer.stale += 1
             late = row_of(row)
             log.warning("job %d came to its end after it was given up; that changes nothing", late.id, **of_job(late))
@@ -206,6 +211,8 @@ class Held:
             self._begin([row for row in waiting if row not in back])
             self._give_back_admitted(back)
             self._threads.resize(sum(slots.values()), self._admission.passed)
+        with self._giving_up:
+            self._judge_the_hanging()
 
     def lost(self, rows: Sequence[Fetched]) -> None:
         """Jobs that were freed while this runner was out of touch: those that run are told, those that have not begun
@@ -223,9 +230,8 @@ class Held:
                 self._admission.leave(row[QUEUE])
             self._begin(keep)
             self._begin(self._admission.admit(ahead))
-        for row in rows:
-            job = self._executor.running.get(row[ID])
-            if job is not None and job.row == row:
+        for job in list(self._executor.running.values()):
+            if job.row in lost:
                 cancel_context(job, "lease lost")
 
     def _drop(self, rows: list[Fetched], lost: set[Fetched]) -> list[Fetched]:
@@ -241,10 +247,12 @@ class Held:
         if row is None:  # it has ended just now
             return
         stack = self._threads.stack_of(row) or self._event_loop.stack_of(row)
-        self._given_up.add(row)
-        if not self._hand_on(row, Result(job.row, self._executor.judge.give_up(job, stack))):
-            self._given_up.discard(row)
-            return
+        result = Result(job.row, self._executor.judge.give_up(job, stack))
+        with self._giving_up:  # who comes back at this moment is taken out after it was put in
+            if not self._hand_on(row, result):
+                return
+            self._given_up.add(row)
+            self._event_loop.give_up(row)
         log.error(
             "job %d (%s) ignores its timeout and is given up; it hangs at %s",
             job.id,
@@ -257,17 +265,32 @@ class Held:
         self._freed(row[QUEUE])
         if following is not None:
             self._begin([following])
-        if len(self._given_up) > sum(self._slots.values()):
-            log.error(
-                "%d handlers hang; this runner drains and ends, for its supervisor to start another",
-                len(self._given_up),
-            )
-            self.exhausted.set()
+        with self._giving_up:
+            self._judge_the_hanging()
+        self._event_loop.look()
+
+    def _come_back(self, row: Fetched) -> None:
+        """The handler of *row*, which was given up, has come to its end after all."""
+        with self._giving_up:
+            self._given_up.discard(row)
+            self._event_loop.come_back(row)
+            self._judge_the_hanging()
+
+    def _judge_the_hanging(self) -> None:
+        hang, before = len(self._given_up), self.exhausted
+        self.exhausted = hang > sum(self._slots.values())
+        if self.exhausted and not before:
+            log.error("%d handlers hang, more than there are slots: nothing is fetched until some of them end", hang)
+        elif before and not self.exhausted:
+            log.info("%d handlers hang now: jobs are fetched again", hang)
+            self._recovered()
 
     # ---- the slots --------------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Say so if a handler blocks the event loop, and see that threads are called for what waits."""
+        """Say so if a handler blocks the event loop, leave one that is lost, and see that threads are called for what
+        waits.
+        """
         self._event_loop.look()
         self._threads.look()
 

@@ -39,7 +39,7 @@ from sqla_river.loop import Loop
 from sqla_river.models import declared_schema
 from sqla_river.orders import Orders
 from sqla_river.rows import ID, QUEUE, Fetched, Result, row_of
-from sqla_river.settle import Scope
+from sqla_river.settle import Scope, parted
 from sqla_river.states import FINALIZED, JobState
 from sqla_river.stopping import FLUSH_TIMEOUT, Stop
 from sqla_river.store import OwnConnection
@@ -129,7 +129,7 @@ class Incarnation:
             deliver=self._fetched,
             give_back=lambda queue: self._held.give_back_ahead(queue),
             written=lambda: not self.completer.backlog,
-            ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted.is_set(),
+            ready=lambda: self.completer.ready and self._heart.fresh and not self._held.exhausted,
             poll=orders.poll,
             hears=lambda: self._listener is not None and self._listener.hears,
             wake=lambda: self._fetching.wake(),
@@ -140,9 +140,9 @@ class Incarnation:
             slots,
             freed=self._fetcher.freed,
             returned=self._fetcher.returned,
+            recovered=self._fetcher.relieved,
             runner=self.id,
-            # Its connections are the loop's.
-            last=orders.async_engine.dispose if orders.async_engine is not None else None,
+            last=partial(parted, orders.async_engine) if orders.async_engine is not None else None,
         )
         self._counters = Counters(self.id)
         self._own_heart, self._own_complete, self._schema = heartbeat, complete, schema
@@ -350,8 +350,8 @@ class Incarnation:
 
     @property
     def exhausted(self) -> bool:
-        """Whether so many handlers hang that this process should end."""
-        return self._held.exhausted.is_set()
+        """Whether so many handlers hang that nothing is fetched: a process that does nothing else should end."""
+        return self._held.exhausted
 
     def hurry(self) -> None:
         """See `Stop.hurry`."""

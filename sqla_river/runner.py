@@ -203,7 +203,7 @@ class Runner:
 
     def health(self, limit: timedelta = LIMIT) -> Health:
         """Whether this process works: alive while none of its inner loops (fetch, complete, heartbeat, listen) hangs,
-        ready while all of them do well.
+        ready while all of them do well, and no more handlers hang beyond their timeout than there are slots.
 
         No round trip: it tells from when each loop last moved. A loop that cannot reach the database goes on trying, so
         it lives, but is not ready.
@@ -215,7 +215,8 @@ class Runner:
         if incarnation is None or not incarnation.started or incarnation.stopping:
             state = "has not started" if incarnation is None or not incarnation.started else "stops"
             return judge(incarnation.loops() if incarnation is not None else {}, limit, f"the runner {state}")
-        return judge(incarnation.loops(), limit)
+        hang = ("more handlers hang than there are slots",) if incarnation.exhausted else ()
+        return judge(incarnation.loops(), limit, *hang)
 
     def attach(self, meter: Meter) -> None:
         """Let *meter* be told of this runner's work, batch by batch, in this life and in those to come."""
@@ -317,7 +318,7 @@ class Runner:
         Only in the main thread, where Python takes signals; everywhere else use `start` and `stop`.
 
         Raises:
-            RunnerError: not the main thread; or as many handlers hang beyond their timeout as there are slots.
+            RunnerError: not the main thread; or more handlers hang beyond their timeout than there are slots.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RunnerError(

@@ -10,8 +10,9 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final, cast
 from weakref import WeakKeyDictionary
@@ -266,12 +267,15 @@ class Scope:
 
     async def _wait_for_async_connection(self) -> "AsyncConnection":
         assert self._async_engine is not None
+        pool = self._async_engine.sync_engine.pool
         for pause in chain(_PAUSES, repeat(_PAUSES[-1])):
             try:
                 return await self._async_engine.connect()
             except _NONE_FREE as error:
                 self._none_free(error)
             await asyncio.sleep(pause)
+            if self._async_engine.sync_engine.pool is not pool:  # `parted`: the next one belongs to another loop
+                raise NeverBegunError
         raise AssertionError
 
     def _none_free(self, error: Exception) -> None:
@@ -286,6 +290,19 @@ class Scope:
             connection.execution_options(isolation_level="READ COMMITTED")
         schema = store.real_schema(connection, declared_schema(self._job_class))
         return Unit(connection, connection.begin(), row, schema)
+
+
+def parted(engine: "AsyncEngine") -> Callable[[], Coroutine[Any, Any, object]]:
+    """Give *engine* a new pool; what closes the connections of the one before, on the event loop that they belong to.
+
+    Its own dispose() closes first: for as long as that takes, and for good where it is cut short, others would meet
+    those connections on their own loop.
+    """
+    from sqlalchemy.util import greenlet_spawn
+
+    pool = engine.sync_engine.pool
+    engine.sync_engine.dispose(close=False)
+    return partial(greenlet_spawn, pool.dispose)
 
 
 def _options(given: dict[str, Any], unit: Unit) -> dict[str, Any]:

@@ -13,7 +13,17 @@ PACKAGE = ROOT / "sqla_river"
 
 FLOORS: list[set[str]] = [
     {"errors", "states", "ddl", "logs", "signals"},  # 0 words and data; signals; standard library only
-    {"outcomes", "failure", "policy", "rows", "codec", "unique", "loop", "refusal"},  # 1 plain values and pure rules
+    {
+        "outcomes",
+        "failure",
+        "policy",
+        "rows",
+        "codec",
+        "unique",
+        "loop",
+        "refusal",
+        "aside",
+    },  # 1 plain values and pure rules; threads
     {
         "options",
         "tables",

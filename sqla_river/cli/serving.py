@@ -67,7 +67,7 @@ class Serving:
     """An HTTP server in threads of its own, for scrapers and probes: without authentication, so mind the network.
 
     ``/healthz`` is 503 while an inner loop hangs: then the process should be started anew. ``/readyz`` is 503 as well
-    before the start, during the stop, and while a loop cannot do its work.
+    before the start, during the stop, and while a loop cannot do its work or too many handlers hang.
 
     Args:
         port: 0 is any that is free.

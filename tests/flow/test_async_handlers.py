@@ -13,9 +13,10 @@ import pytest
 from sqlalchemy import Engine, text
 
 from sqla_river import Cancel, JobContext, Snooze, Workers
+from sqla_river.aside import MOST
 from tests.database import emptied, shared_database
 from tests.making import Count, Greet, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, nothing, outcome, put, settled, working
+from tests.working import HOUR, after, begun, errors, handling, nothing, outcome, put, released, settled, working
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +286,52 @@ def test_the_retry_callable_of_an_async_handler_does_not_run_on_the_loop(engine:
 
     assert row["state"] == "retryable"
     assert asked[0] != loops[0]
+
+
+def test_failures_are_judged_though_all_threads_hang_that_handlers_asked_for(engine: Engine) -> None:
+    started: list[int] = []
+    told: list[str] = []
+    with released() as release:
+
+        async def handler(job: JobContext[Count]) -> None:
+            if job.args.number:
+                raise ValueError("no")
+            started.append(job.id)
+            await asyncio.to_thread(release.wait, 60)
+
+        def on_error(_: JobContext[Any], error: BaseException) -> None:
+            told.append(str(error))
+
+        put(engine, *[0] * 40)
+        with working(engine, handler, 50, on_error=on_error):
+            eventually(lambda: len(started) == 40, what="all of them")
+            (job_id,) = put(engine, 1)
+            assert errors(settled(engine, job_id, 10)) == ["ValueError: no"]
+            assert told == ["no"]
+            assert not release.is_set()
+            release.set()
+
+
+def test_a_few_threads_judge_however_many_fail_at_once(engine: Engine) -> None:
+    judging: list[int] = []
+    with released() as release:
+
+        async def handler(_: JobContext[Count]) -> None:
+            raise ValueError("no")
+
+        def on_error(job: JobContext[Any], _: BaseException) -> None:
+            judging.append(job.id)
+            release.wait(60)
+
+        make_jobs(engine, 50)
+        with working(engine, handling(handler, retry=after(HOUR)), 50, on_error=on_error) as runner:
+            begun(runner, 50)
+            eventually(lambda: len(judging) == MOST, what="as many as may judge at once")
+            release.set()
+            eventually(all_are(engine, "retryable", 50))
+
+        assert len(judging) == 50
+        eventually(lambda: "sqla_river-judge" not in {each.name for each in threading.enumerate()}, what="their end")
 
 
 @pytest.mark.usefixtures("engine")

@@ -55,7 +55,14 @@ def test_a_job_that_is_fetched_again_while_it_runs_here_frees_both_its_slots(eng
     stations = Incarnation(Runner(engine, handling(gate), queues={"default": 2})._orders)
     completer, slots = stations.completer, {"default": 2}
     held = Held(
-        stations.executor, completer, slots, freed=freed.append, returned=freed.append, runner="test", last=None
+        stations.executor,
+        completer,
+        slots,
+        freed=freed.append,
+        returned=freed.append,
+        recovered=lambda: None,
+        runner="test",
+        last=None,
     )
     with opened(engine) as own:
         held.deliver(fetch(own, "test/1"))

@@ -99,7 +99,7 @@ def test_a_runner_whose_event_loop_was_never_made_stops_and_gives_back_what_wait
 def test_an_async_failure_is_judged_once_where_no_thread_can_be_had_for_it(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scarcity = Scarcity(monkeypatch, "asyncio_")
+    scarcity = Scarcity(monkeypatch, "sqla_river-judge")
     told: list[str] = []
 
     async def handler(_: JobContext[Count]) -> None:
@@ -111,7 +111,7 @@ def test_an_async_failure_is_judged_once_where_no_thread_can_be_had_for_it(
     make_jobs(engine, max_attempts=1)
     with working(engine, handler, on_error=on_error):
         eventually(lambda: count_states(engine) == {"discarded": 1})
-        scarcity.most = 1  # and what the pool was given is not run a second time
+        scarcity.most = 1  # and what was put before the threads is not done a second time
         make_jobs(engine, max_attempts=1)
         eventually(lambda: count_states(engine) == {"discarded": 2})
 

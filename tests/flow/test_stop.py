@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 from sqlalchemy.orm import Session
 
 import sqla_river
@@ -245,6 +245,52 @@ def test_a_runner_that_worked_async_jobs_can_be_started_again(engine: Engine) ->
             eventually(all_are(engine, "completed", number))
 
     assert {row["attempt"] for row in read_jobs(engine)} == {1}
+
+
+def test_the_next_life_meets_no_connection_of_the_last_one_however_long_they_take_to_close(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+    from sqlalchemy.util import await_only
+
+    async def handler(_: JobContext[Count], session: AsyncSession) -> None:
+        await session.execute(text("SELECT 1"))
+        if len(own_to_the_loop) == 2:
+            two_connections.set()
+        await two_connections.wait()
+
+    own = create_async_engine(engine.url)
+    own_to_the_loop: list[bool] = []
+    two_connections = asyncio.Event()
+    closing, closed, slow = threading.Event(), threading.Event(), True
+
+    @event.listens_for(own.sync_engine, "connect")
+    def note(_: object, record: Any) -> None:
+        record.info["loop"] = asyncio.get_running_loop()
+
+    @event.listens_for(own.sync_engine, "checkout")
+    def look(_: object, record: Any, __: object) -> None:
+        own_to_the_loop.append(record.info["loop"] is asyncio.get_running_loop())
+
+    @event.listens_for(own.sync_engine, "close")
+    def wait(_: object, __: object) -> None:
+        closing.set()
+        while slow:
+            await_only(asyncio.sleep(0.01))
+        closed.set()
+
+    monkeypatch.setattr("sqla_river.eventloop.CLOSE_TIMEOUT", 60.0, raising=False)
+    put(engine, 1, 2)
+    with working(engine, handling(handler, transactional=True), async_engine=own):
+        eventually(all_are(engine, "completed", 2))
+    assert closing.wait(30)
+    put(engine, 3)
+    with working(engine, handling(handler, transactional=True), async_engine=own):
+        eventually(lambda: len(own_to_the_loop) == 3, what="the job of the second life")
+        slow = False
+
+    assert own_to_the_loop == [True, True, True]
+    assert closed.wait(30)
 
 
 PROGRAM: Final = """

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 import sqla_river
 from sqla_river import Exponential, JobContext, Workers
+from sqla_river.health import Health
 from tests.database import emptied, shared_database
 from tests.making import Count, Gate, Greet, all_are, count_states, eventually, make_job, make_jobs, read_job, read_jobs
-from tests.working import HOUR, errors, handling, outcome, put, released, settled, working
+from tests.working import HOUR, SLOW_POLL, errors, handling, outcome, put, released, settled, working
 
 ROOT: Final = Path(sqla_river.__file__).parent.parent
 SHORT: Final = timedelta(seconds=0.1)
@@ -167,8 +168,31 @@ def test_a_handler_that_was_given_up_does_not_disturb_the_next_attempt(
     assert (row["attempt"], len(errors(row))) == (2, 1)
 
 
+def test_a_handler_that_hangs_is_given_up_though_its_job_was_fetched_again_here(
+    engine: Engine, impatient: None
+) -> None:
+    started = threading.Event()
+    with released() as release:
+
+        def handler(job: JobContext[Count]) -> None:
+            if job.attempt == 1:
+                started.set()
+                assert release.wait(60)
+
+        put(engine, 0)
+        workers = handling(handler, timeout=timedelta(seconds=1.5))
+        with working(engine, workers, 2, poll=timedelta(seconds=0.05)) as runner:
+            assert started.wait(30)
+            with engine.begin() as connection:  # somebody took its runner for dead
+                connection.execute(text("UPDATE river_job SET state = 'available'"))
+            eventually(all_are(engine, "completed", 1))
+            eventually(lambda: runner.stale == 1, 10, "the first to be given up")
+            assert runner._incarnation is not None
+            assert len(runner._incarnation._held) == 0
+            assert not release.is_set()
+
+
 def test_effects_of_a_transactional_handler_that_was_given_up_are_rolled_back(engine: Engine, impatient: None) -> None:
-    from sqlalchemy import text
     from sqlalchemy.orm import Session
 
     with engine.begin() as connection:
@@ -250,6 +274,34 @@ def test_as_many_handlers_may_hang_as_there_are_slots_and_then_the_process_ends(
     assert "too many handlers hang" in output
     assert count_states(engine) == {"retryable": 3}
     assert {row["attempt"] for row in read_jobs(engine)} == {1}
+
+
+@pytest.mark.parametrize("how", ["they end", "there are more slots"])
+def test_nothing_is_fetched_while_more_handlers_hang_than_there_are_slots(
+    engine: Engine, impatient: None, how: str
+) -> None:
+    with released() as release:
+
+        def handler(job: JobContext[Count]) -> None:
+            if not job.args.number:
+                assert release.wait(60)
+
+        put(engine, 0, 0, 0)
+        workers = handling(handler, timeout=SHORT, retry=Exponential(HOUR))
+        with working(engine, workers, 2, poll=SLOW_POLL) as runner:
+            eventually(lambda: not runner.health().ready, what="it to be noticed")
+            assert runner.health() == Health(True, False, ("more handlers hang than there are slots",))
+            (job_id,) = put(engine, 1)
+            stations = runner._incarnation
+            assert stations is not None
+            eventually(lambda: "default" in stations._fetcher._hungry, what="the fetch to be woken")
+            assert read_job(engine, job_id)["state"] == "available"
+            if how == "they end":
+                release.set()
+            else:
+                runner.queues["default"] = 3
+            assert settled(engine, job_id)["state"] == "completed"
+            assert runner.health() == Health(True, True, ())
 
 
 # ---- async

@@ -36,7 +36,7 @@ OF_RUNNER: Final[Mapping[str, tuple[str, tuple[str, ...], Any]]] = {
     "sqla_river_jobs_in_progress": ("Handlers that run now.", JOB, "livesum"),
     "sqla_river_loop_age_seconds": ("For how long an inner loop has not done well.", ("loop",), "livemax"),
     "sqla_river_runner_alive": ("0 while an inner loop hangs: what /healthz says.", (), "livemin"),
-    "sqla_river_runner_ready": ("0 before the start, and while a loop does not do well: /readyz.", (), "livemin"),
+    "sqla_river_runner_ready": ("0 while nothing can be fetched, or written: /readyz.", (), "livemin"),
     TIMESTAMP: ("When these were read, in seconds of the epoch.", (), "livemin"),
 }
 OF_DATABASE: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
