@@ -17,11 +17,15 @@ from tests.database import catalog, emptied_tables, end_others, name_exists
 
 _numbers = itertools.count()
 
+
 # What a shell runs in the background ignores SIGINT, and what nohup runs SIGHUP; and so would every program that a test
 # starts. A handler is not inherited, and this run goes on as before.
-for number in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, lambda *_: None)
+def _ignore(_number: int, _frame: object) -> None: ...
+
+
+for _ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_ignored) is signal.SIG_IGN:
+        signal.signal(_ignored, _ignore)
 
 # What a crowded machine takes is no law; and what lands is judged by examples that are the same each time, while a
 # developer's runs look for new ones. All of them, deeper: `--hypothesis-profile deep -n 2 tests/unit`.

@@ -20,7 +20,7 @@ from sqlalchemy import URL
 from sqla_river.cli import ground
 from sqla_river.cli.database import database_option, told
 from sqla_river.cli.interrupts import Interrupts
-from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Viewer, run
+from sqla_river.cli.profiles import PROFILES, Figure, Handlers, Settings, Viewer, run, unseen
 from sqla_river.cli.screen import new_console, new_table
 from sqla_river.schema import create_all
 
@@ -120,7 +120,7 @@ def _print(figures: list[Figure], settings: Settings, versions: dict[str, str], 
 def _shown(console: Console, profile: str, interrupts: Interrupts) -> Generator[Viewer]:
     """A bar for *profile*, on a terminal."""
     if not console.is_terminal:
-        yield Viewer(lambda _done, _of: interrupts.check(), interrupts.check)
+        yield unseen(interrupts.check)
         return
     columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, console=console, transient=True) as progress:

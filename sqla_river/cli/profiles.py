@@ -63,6 +63,15 @@ class Viewer(NamedTuple):
     """Raises KeyboardInterrupt if a signal has come, whose own may have got lost."""
 
 
+def unseen(check: Callable[[], None]) -> Viewer:
+    """Who only checks."""
+
+    def tell(_done: int, _of: int) -> None:
+        check()
+
+    return Viewer(tell, check)
+
+
 @attrs.frozen
 class Measured:
     """Args of two small fields, as River's own bench has them."""
@@ -118,7 +127,7 @@ def measure_insert(engine: Engine, settings: Settings, viewer: Viewer) -> Iterat
 def measure_work(engine: Engine, settings: Settings, viewer: Viewer) -> Iterator[Figure]:
     """Jobs a second that do nothing, from a queue that is full."""
     with Session(engine) as session, session.begin():
-        enqueue_many(session, _items(settings.jobs, viewer._replace(tell=lambda *_: viewer.check())))
+        enqueue_many(session, _items(settings.jobs, unseen(viewer.check)))
     _settle(engine)
     cpu = time.process_time()
     began = time.perf_counter()

@@ -102,8 +102,11 @@ class _Severed(OwnConnection):
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The local clock, which goes on only as the test says."""
     now = [1_000.0]
+
+    def sleep(_: float) -> None: ...
+
     for module in (fetcher, due, alone):
-        clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+        clock = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
         monkeypatch.setattr(module, "time", clock)
     return now
 
@@ -112,7 +115,11 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def _severed(engine: Engine, **said: Any) -> Generator[tuple[_Severed, fetcher.Fetcher, list[int]]]:
     own = _Severed(engine)
     delivered: list[int] = []
-    rows: Any = SimpleNamespace(extend=lambda found: delivered.extend(row.id for row in found))
+
+    def deliver(found: list[Any]) -> None:
+        delivered.extend(row.id for row in found)
+
+    rows: Any = SimpleNamespace(extend=deliver)
     try:
         yield own, make_fetcher(own, rows, **said), delivered
     finally:

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +91,7 @@ def test_a_bench_through_a_pooler_touches_no_row_and_no_table_of_the_user(
 
 
 @contextmanager
-def _login_whose_rights_are_another_roles(url: str) -> Iterator[str]:
+def _login_whose_rights_are_another_roles(url: str) -> Generator[str]:
     name = f"river_{os.getpid()}"
     ask(url, f"CREATE ROLE {name}_owner; CREATE ROLE {name}_login LOGIN NOINHERIT IN ROLE {name}_owner")
     ask(url, f"GRANT CREATE ON DATABASE {make_url(url).database} TO {name}_owner")
@@ -287,6 +287,6 @@ def test_a_bench_gives_up_where_no_job_is_finished_for_long(engine: Engine, cloc
     make_job(engine, state=JobState.AVAILABLE)
 
     with pytest.raises(TimeoutError, match=r"^no job was finished within 300 s; 1 of 1 are left$"):
-        profiles._drain(engine, 1, Viewer(lambda _done, _of: None, lambda: None))
+        profiles._drain(engine, 1, profiles.unseen(lambda: None))
 
     assert clock.now < profiles.PATIENCE + 125
