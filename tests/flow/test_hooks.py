@@ -577,7 +577,7 @@ def test_pause_and_resume_of_its_own_queues_are_events(engine: Engine) -> None:
 
 def test_a_thousand_events_wait_and_more_are_dropped_with_a_count(engine: Engine) -> None:
     runner = Runner(engine, handling(nothing), queues={"default": 20})
-    with runner.subscribe() as lazy, runner.subscribe("failed") as other, runner:
+    with runner.subscribe("completed") as lazy, runner.subscribe("failed") as other, runner:
         make_jobs(engine, KEPT_EVENTS + 200)
         eventually(all_are(engine, "completed", KEPT_EVENTS + 200), 30)
         runner.stop()
