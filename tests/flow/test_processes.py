@@ -196,7 +196,7 @@ def test_a_process_that_ends_gives_back_the_jobs_of_each_runner_that_nobody_stop
 
 
 FORKING: Final = """
-import multiprocessing, os, signal, sys, warnings
+import multiprocessing, os, signal, sys, time, warnings
 from sqlalchemy import create_engine
 from sqla_river import Runner, Workers
 from tests.making import Count
@@ -207,7 +207,8 @@ workers = Workers()
 
 def stay(lives):
     lives.set()
-    signal.pause()
+    while True:  # a signal that comes just before pause() would leave it waiting for another
+        time.sleep(0.01)
 
 def ends_at(number):
     lives = fork.Event()
