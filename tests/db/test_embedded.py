@@ -39,7 +39,7 @@ SIGNS = {
     "serving": "serving",
 }
 PROGRAM = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 from sqla_river import embedded
 
 base = pathlib.Path(os.environ["TMPDIR"])
@@ -58,7 +58,8 @@ with embedded.EmbeddedPostgres() as postgres:
         (base / "child").write_text(str(staying))
     (base / "new").write_text(f"{postgres.url()} {postgres.pid}")
     (base / "new").rename(base / "serving")
-    signal.pause()
+    while True:  # a signal that comes just before pause() would leave it waiting for another
+        time.sleep(0.01)
 """
 
 
