@@ -17,8 +17,8 @@ from sqla_river.cli import profiles
 from sqla_river.cli.profiles import Viewer
 from tests.commands import ROOT, ask, environment
 from tests.database import catalog
-from tests.flow.test_pooler import pgbouncer
 from tests.making import make_job
+from tests.pooling import pgbouncer
 
 SHORT = ["--jobs", "300", "--seconds", "0.2", "--rate", "50", "--slots", "10"]
 SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE nspname LIKE 'sqla_river_bench%'"

@@ -6,8 +6,8 @@ from sqlalchemy import Engine, make_url
 from sqla_river import JobState
 from tests.commands import ask, run
 from tests.database import catalog
-from tests.flow.test_pooler import pgbouncer
 from tests.making import make_job
+from tests.pooling import pgbouncer
 
 HURRY = {"SHOP_PAY_WITHIN": "2", "SHOP_SMS_PAUSE": "0.2", "SHOP_SENDING_TAKES": "0.01"}
 MINE = "SELECT array_agg(river_job::text ORDER BY id) FROM river_job"
