@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from sqla_river.context import JobContext
 from sqla_river.failure import storable
-from sqla_river.logs import Log, of_job, without_passwords
+from sqla_river.logs import Log, first_line, of_job, without_passwords
 from sqla_river.policy import RIVER_POLICY
 from sqla_river.rows import ID, TOKEN, Fetched, JobRow, Result, row_of
 from sqla_river.statements import COMPLETE_JOBS, NOTE_PROGRESS, NOTIFY_QUEUES, SELECT_HELD, SETTLE_JOBS
@@ -184,7 +184,7 @@ class Completer:
                 self.step()
                 self._retry(math.inf)
             except Exception as error:  # noqa: BLE001 - the database may be on its way back
-                log.warning("could not write %d results yet: %s", self.backlog, str(error).partition("\n")[0])
+                log.warning("could not write %d results yet: %s", self.backlog, first_line(error))
             if self.backlog:
                 time.sleep(max(0.0, min(_FIRST_RETRY, until() - time.monotonic())))
 
@@ -306,13 +306,13 @@ class Completer:
             if again and isinstance(error, DBAPIError) and error.connection_invalidated:
                 self._announce(queues, again=False)
             else:
-                log.warning("could not announce the queues %s: %s", queues, str(error).partition("\n")[0])
+                log.warning("could not announce the queues %s: %s", queues, first_line(error))
 
 
 def _refused(result: Result, error: Exception, pause: float) -> Again:
     """PostgreSQL will not have this outcome: try it again, and after some tries a plain failure in its place."""
     job = result.job
-    said = without_passwords(str(error).partition("\n")[0][:500])
+    said = without_passwords(first_line(error))
     log.error("the outcome of job %d cannot be written, tried again in %.2f s: %s", job.id, pause, said, **of_job(job))
     if pause >= _GIVE_UP:
         error_ = AttemptError(job.attempt, storable(f"its outcome could not be stored: {said}", 1_000))

@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_river.logs import Log
-from sqla_river.refusal import REFUSED_FOR, in_parts, said_of, told_if_possible
+from sqla_river.logs import Log, first_line
+from sqla_river.refusal import REFUSED_FOR, in_parts, told_if_possible
 from sqla_river.rows import ID, TOKEN, Fetched
 from sqla_river.statements import (
     DELETE_RUNNER,
@@ -244,7 +244,7 @@ class Heartbeat:
             strays = sorted(each for each in due if each not in self._refused)[:MOST_STRAYS]
             if not strays:
                 return
-            parts = in_parts(strays, self._free_strays, self._leave_out)
+            parts = in_parts([strays], self._free_strays, self._leave_out)
         freed: list[Any] = []
         try:
             for rows in parts:
@@ -253,7 +253,7 @@ class Heartbeat:
                     self._parts = parts
                     break
         except DBAPIError as error:
-            log.warning("could not free jobs that nobody works: %s", said_of(error))
+            log.warning("could not free jobs that nobody works: %s", first_line(error))
         if freed:
             log.warning(
                 "freed %d jobs that ran under this runner's name, and that it held no more, as after a crash or a "
@@ -274,7 +274,7 @@ class Heartbeat:
             "job %d, which nobody works, cannot be freed and stays running; tried again in %.0f s: %s",
             stray[0],
             REFUSED_FOR,
-            said_of(error),
+            first_line(error),
             job_id=stray[0],
         )
 

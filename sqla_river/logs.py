@@ -41,6 +41,11 @@ if hasattr(os, "register_at_fork"):  # else a child forked while another thread 
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
+def first_line(error: BaseException) -> str:
+    """What *error* says, without the statement that SQLAlchemy shows below it."""
+    return str(error).partition("\n")[0][:500]
+
+
 def one_line(text: str) -> str:
     r"""*text* with its control characters written out, a newline as ``\n``: it makes no second line, and moves no
     terminal.

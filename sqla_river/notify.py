@@ -23,7 +23,7 @@ from sqlalchemy import Connection, Engine, Executable, Transaction, TwoPhaseTran
 
 from sqla_river import store
 from sqla_river.config import NotifyMode
-from sqla_river.logs import Log
+from sqla_river.logs import Log, first_line
 from sqla_river.rows import ANNOUNCED_AHEAD, Heard
 from sqla_river.statements import NOTIFY_QUEUES
 
@@ -356,5 +356,5 @@ def _missed(queues: Iterable[str], error: Exception) -> None:
         "could not announce queues %s; runners find the jobs at their next poll: %s: %s",
         sorted(set(queues)),
         type(error).__name__,
-        str(error).partition("\n")[0],
+        first_line(error),
     )

@@ -1,9 +1,9 @@
 """What PostgreSQL refuses: a batch is halved until what is refused stands alone, and all else of it is written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-from sqla_river.logs import Log
+from sqla_river.logs import Log, first_line
 
 T = TypeVar("T")
 Rows = Sequence[Any]
@@ -33,27 +33,22 @@ def is_refusal(error: Exception) -> bool:
     return code is not None and code[:2] not in _ELSEWHERE and not code.startswith(_STOPPING)
 
 
-def said_of(error: Exception) -> str:
-    """The first line of *error*, for a log."""
-    return str(error).partition("\n")[0][:500]
-
-
 def in_parts(
-    items: Sequence[T], write: Callable[[Sequence[T]], Rows], refused: Callable[[T, Exception], None]
+    parts: Iterable[Sequence[T]], write: Callable[[Sequence[T]], Rows], refused: Callable[[T, Exception], None]
 ) -> Iterator[Rows]:
-    """Have *items* written, in parts where that is refused; yields what each statement brought, nothing where it was
-    refused, so that whoever asks may look at the clock in between, and stop.
+    """Have *parts* written, each in halves where that is refused; yields what each statement brought, nothing where it
+    was refused, so that whoever asks may look at the clock in between, and stop.
 
-    About 2 log2(n) statements for one bad item of n, and never more than 2n - 1.
+    About 2 log2(n) statements for one bad item of a part of n, and never more than 2n - 1.
 
     Args:
-        items: at least one; written in this order.
+        parts: of at least one item each; written in this order.
         write: writes all of a part or, refused, nothing of it.
         refused: told of each that is refused when it stands alone.
     """
-    parts = [items]
-    while parts:
-        part = parts.pop()
+    left = list(parts)[::-1]
+    while left:
+        part = left.pop()
         try:
             brought = write(part)
         except Exception as error:
@@ -62,7 +57,7 @@ def in_parts(
             brought = ()
             if len(part) > 1:
                 middle = len(part) // 2
-                parts += [part[middle:], part[:middle]]
+                left += [part[middle:], part[:middle]]
             else:
                 refused(part[0], error)
         yield brought
@@ -81,6 +76,6 @@ def told_if_possible(write: Callable[[bool], Rows]) -> Rows:
         log.remind(
             "freed jobs without a word to runners that wait, which find them by polling: %s; look in pg_stat_activity "
             "for an old transaction of a connection that listens, and end it",
-            said_of(error),
+            first_line(error),
         )
         return brought

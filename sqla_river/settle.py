@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from sqla_river import store
 from sqla_river.errors import ConfigError, ForeignBindError, TransactionOver
-from sqla_river.logs import Log, of_job
+from sqla_river.logs import Log, first_line, of_job
 from sqla_river.models import JobMixin, declared_schema
 from sqla_river.rows import JobRow
 from sqla_river.statements import SELECT_OUTCOME, SETTLE_JOB
@@ -252,7 +252,7 @@ class Scope:
             except Exception as error:  # noqa: BLE001 - the database may be on its way back
                 if time.monotonic() > until or self._stopped():
                     return None
-                log.info("asking again what became of job %d: %s", row.id, str(error).partition("\n")[0], **of_job(row))
+                log.info("asking again what became of job %d: %s", row.id, first_line(error), **of_job(row))
                 time.sleep(0.2)
 
     def _wait_for_connection(self) -> Connection:
@@ -281,7 +281,7 @@ class Scope:
     def _none_free(self, error: Exception) -> None:
         if self._stopped():
             raise NeverBegunError from error
-        log.warning("a transactional job waits for a connection: %s", str(error).partition("\n")[0])
+        log.warning("a transactional job waits for a connection: %s", first_line(error))
 
     def _unit(self, connection: Connection, row: JobRow) -> Unit:
         if getattr(

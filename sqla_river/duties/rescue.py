@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from sqlalchemy import Executable
 
-from sqla_river.logs import Log
-from sqla_river.refusal import REFUSED_FOR, in_parts, is_refusal, said_of, told_if_possible
+from sqla_river.logs import Log, first_line
+from sqla_river.refusal import REFUSED_FOR, in_parts, is_refusal, told_if_possible
 from sqla_river.statements import (
     DELETE_CLEARED,
     INSERT_LOST_RUNNERS,
@@ -117,7 +117,7 @@ class Rescue:
             asked = {"p_after": after, "p_refused": list(self._refused)}
             ids: list[int] = list(own.execute(SELECT_RUNNING, asked).scalars())
             if ids:
-                yield from in_parts(ids, rescue, self._leave_out)
+                yield from in_parts([ids], rescue, self._leave_out)
             if len(ids) < BATCH:  # what is fetched meanwhile is no reason to go on
                 return
             after = ids[-1]
@@ -135,7 +135,7 @@ class Rescue:
             "job %d of a dead runner cannot be freed and stays running, it keeps no other; tried again in %.0f s: %s",
             job_id,
             REFUSED_FOR,
-            said_of(error),
+            first_line(error),
             job_id=job_id,
         )
 
@@ -149,7 +149,7 @@ def _besides(own: OwnConnection, statement: Executable, given: Mapping[str, Any]
     except Exception as error:
         if not is_refusal(error):
             raise
-        log.remind("a part of the rescue of jobs was refused, which goes on without it: %s", said_of(error))
+        log.remind("a part of the rescue of jobs was refused, which goes on without it: %s", first_line(error))
 
 
 class Isolate:

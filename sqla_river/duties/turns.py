@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Final, Protocol
 
-from sqla_river.logs import Log
+from sqla_river.logs import Log, first_line
 from sqla_river.statements import CLAIM_DUTY, FINISH_DUTY, INSERT_DUTIES, POSTPONE_DUTY, SELECT_DUTIES
 from sqla_river.store import OwnConnection
 
@@ -105,7 +105,7 @@ class Turns:
                 duty.name,
                 self._failures[duty.name],
                 time.monotonic() - began,
-                str(error).partition("\n")[0],
+                first_line(error),
                 pause,
             )
             self._own.execute(POSTPONE_DUTY, {"p_name": duty.name, "p_after": timedelta(seconds=pause)})

@@ -3,12 +3,13 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final
 
 from sqlalchemy.exc import DBAPIError
 
 from sqla_river.fetch.spared import spare
+from sqla_river.refusal import in_parts
 from sqla_river.statements import (
     NOTIFY_QUEUES,
     SCHEDULE_DUE,
@@ -135,32 +136,30 @@ class DueTimer:
         """
         until = time.monotonic() + PATIENCE
         found = self._own.execute(SELECT_DUE, {"p_refused": list(self._refused)}).all()
-        # Each that waits for a key by itself, the first one first, and the others in halves: a key in the way costs
+        # The ones that wait for no key in halves, and each other by itself, the first one first: a key in the way costs
         # 100 ms, which halves would pay ten times.
-        parts = [[row.id] for row in found if row.takes]
         others = [row.id for row in found if not row.takes]
-        if others:
-            parts.append(others)
+        alone = [[row.id] for row in reversed(found) if row.takes]
         refused = len(self._refused)
-        while parts and (time.monotonic() < until or not (moved or len(self._refused) > refused)):
-            part = parts.pop()
-            try:
-                rows = self._own.execute(SCHEDULE_DUE_AMONG, {"p_ids": part}).all()
-            except DBAPIError as error:
-                self._bear(error, f"making available job {part[0]}" if len(part) == 1 else "")
-                half = len(part) // 2
-                if half:
-                    parts += part[half:], part[:half]
-                else:
-                    self._refused.update(part)
-            else:
-                moved.update(row.queue for row in rows)
-        rest = not parts and len(found) < BATCH
+        rest = len(found) < BATCH
+        for rows in in_parts([others, *alone] if others else alone, self._schedule_among, self._refuse):
+            moved.update(row.queue for row in rows)
+            if time.monotonic() >= until and (moved or len(self._refused) > refused):
+                rest = False
+                break
         if rest and len(self._refused) == refused:
             self._refused.clear()  # all others are done with: these may be tried again
         if moved:
             self._tell(moved)
         return rest
+
+    def _schedule_among(self, ids: Sequence[int]) -> Sequence[Any]:
+        return self._own.execute(SCHEDULE_DUE_AMONG, {"p_ids": ids}).all()
+
+    def _refuse(self, job_id: int, error: Exception) -> None:
+        self._refused.add(job_id)
+        if isinstance(error, DBAPIError):
+            self._bear(error, f"making available job {job_id}")
 
     def _tell(self, queues: set[str]) -> None:
         """Tell the other runners that jobs of *queues* are available."""

@@ -4,7 +4,7 @@ from typing import Final
 
 from sqlalchemy.exc import DBAPIError
 
-from sqla_river.logs import Log
+from sqla_river.logs import Log, first_line
 from sqla_river.store import OwnConnection
 
 log: Final = Log(__name__)
@@ -19,4 +19,4 @@ def spare(own: OwnConnection, error: DBAPIError, what: str) -> None:
     if not own.is_open:
         raise error
     if what:
-        log.remind("%s failed; jobs are fetched nevertheless: %s", what, str(error).partition("\n")[0])
+        log.remind("%s failed; jobs are fetched nevertheless: %s", what, first_line(error))

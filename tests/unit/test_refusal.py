@@ -35,7 +35,7 @@ def test_all_but_the_refused_are_written_once_in_order_in_at_most_twice_as_many_
             raise _error("23514")
         return part
 
-    written = [item for rows in in_parts(items, write, lambda item, _: refused.append(item)) for item in rows]
+    written = [item for rows in in_parts([items], write, lambda item, _: refused.append(item)) for item in rows]
 
     assert written == [item for item in items if item not in bad]
     assert refused == [item for item in items if item in bad]
@@ -51,7 +51,7 @@ def test_whoever_asks_has_a_look_after_every_statement_and_stops_when_he_likes()
         sent.append(part)
         raise _error("23514")
 
-    parts = in_parts([1, 2, 3, 4], write, lambda item, error: None)
+    parts = in_parts([[1, 2, 3, 4]], write, lambda item, error: None)
 
     assert [next(parts), next(parts)] == [(), ()]
     assert sent == [[1, 2, 3, 4], [1, 2]]
